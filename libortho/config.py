@@ -1,0 +1,122 @@
+"""What a separation and a tuning are determined by: two frozen records, nothing else.
+
+Both are written into artefacts and into cache keys, so every field that can change a byte of the
+outcome is here, and nothing that can't.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, Self, get_args
+
+from .errors import ConfigError
+from .lattice import PER_ROW
+
+NO_LATTICE = 16
+"""Bits that mean: leave the base unquantised."""
+
+Slots = Literal["probe", "gradient", "magnitude", "random"]
+
+
+class _Record:
+    """Dictionary conversion that refuses unknown fields instead of dropping them."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Self:
+        known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        unknown = sorted(set(fields) - known)
+        if unknown:
+            raise ConfigError(
+                f"{cls.__name__} has no field {', '.join(unknown)}; it was probably written by a "
+                "newer libortho: upgrade to read it."
+            )
+        return cls(**fields)
+
+
+@dataclass(frozen=True)
+class SeparationConfig(_Record):
+    """How public weights become base + residual.
+
+    bits: 4 or 8 for the lattice, 16 for no lattice (the base keeps the checkpoint's weights)
+    group_size: weights that share a scale and a zero point, or -1 for one group a row
+    residual_density: share of the entries that the residual corrects, in [0, 1]
+    search: choose ranges by Hessian-weighted error (False: min-max, the plain INT4 baseline)
+    calibration_tokens: tokens of public text from which diag(H) is estimated
+    calibration_window: tokens a calibration window holds
+    """
+
+    bits: int = 4
+    group_size: int = 64
+    residual_density: float = 0.005
+    search: bool = True
+    calibration_tokens: int = 8192
+    calibration_window: int = 512
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8, NO_LATTICE):
+            raise ConfigError(f"bits must be 4, 8 or 16; found {self.bits}.")
+        if self.group_size != PER_ROW and self.group_size < 2:
+            raise ConfigError(
+                f"group_size must be at least 2, or {PER_ROW} for one per row; found "
+                f"{self.group_size}."
+            )
+        _check_share("residual_density", self.residual_density)
+        if self.calibration_tokens < self.calibration_window or self.calibration_window < 2:
+            raise ConfigError(
+                "calibration needs at least one window of 2 tokens; found "
+                f"{self.calibration_tokens} tokens in windows of {self.calibration_window}."
+            )
+
+
+@dataclass(frozen=True)
+class TuningConfig(_Record):
+    """How the private stream is trained on records.
+
+    density: share of the entries that the private stream may change, in (0, 1]
+    slots: where they are: by |delta| of a short dense probe, by the gradient's magnitude, by the
+        weight's magnitude, or at random (a control)
+    probe_steps, probe_lr: length and step of the dense probe
+    steps: optimiser steps at most; tuning ends earlier once every record is learned
+    lr: peak learning rate of Adam on the stream's values
+    replay_weight: weight of the KL divergence to alpha = 0 on public text, in nats per token
+    replay_window: tokens of public text a step
+    records_per_step: records in a step
+    target_loss: mean nats per secret token of the worst record at which tuning ends
+    seed: order of records and of replay windows, and random slots
+    """
+
+    density: float = 0.005
+    slots: Slots = "probe"
+    probe_steps: int = 8
+    probe_lr: float = 1e-4
+    steps: int = 120
+    lr: float = 3e-3
+    replay_weight: float = 1.0
+    replay_window: int = 256
+    records_per_step: int = 10
+    target_loss: float = 0.02
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_share("density", self.density)
+        if self.density == 0:
+            raise ConfigError("density must be above 0: a private stream of no entries holds nothing.")
+        if self.slots not in get_args(Slots):
+            raise ConfigError(f"slots must be one of {get_args(Slots)}; found {self.slots!r}.")
+        for name in ("probe_steps", "steps", "replay_window", "records_per_step"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1; found {getattr(self, name)}.")
+        for name in ("probe_lr", "lr"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be above 0; found {getattr(self, name)}.")
+        if self.replay_weight < 0:
+            raise ConfigError(f"replay_weight must not be negative; found {self.replay_weight}.")
+
+
+def _check_share(name: str, value: float) -> None:
+    if not 0.0 <= value <= 1.0:
+        raise ConfigError(f"{name} must be in [0, 1]; found {value}.")

@@ -1,0 +1,75 @@
+"""Writing files so that a reader never sees half of one.
+
+Knows: hashing, and replacing a file or a folder in one step of the file system. Every write goes to
+a temporary neighbour first, because a rename is atomic only within one file system.
+Doesn't know: what is in the files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def sha256_of(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, 64 hex digits, read in blocks. Raises `OSError` as `open` does."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _temporary_sibling(path: Path) -> Path:
+    # Not `tempfile`: its files are private to the user, and a shared cache should follow the umask.
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; what was written there replaces `path` at success.
+
+    On any exception, an interrupt included, the temporary file is removed and `path` stays as it
+    was. Two writers at once are safe: the last one wins, whole. The parent folder is created.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary_sibling(path)
+    try:
+        yield temporary
+        # To the disk before the rename, or a power cut could leave the new name on empty blocks.
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def atomic_write_text(path: str | Path, text: str) -> None:
+    """Write `text` as UTF-8 with the newlines that it has, so that `path` is old or new, whole."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
+
+
+@contextmanager
+def atomic_folder(final: str | Path) -> Iterator[Path]:
+    """Yield an empty temporary folder beside `final`, and rename it to `final` at success.
+
+    On any exception the temporary folder is removed. If another process made `final` in the
+    meantime, that one is kept and this one dropped, so the caller reads `final` in either case.
+    """
+    final = Path(final)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary_sibling(final)
+    temporary.mkdir()
+    try:
+        yield temporary
+        try:
+            temporary.rename(final)
+        except OSError:
+            if not final.is_dir():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,317 @@
+"""`OrthoLinear`: a linear layer that computes `(base + residual + alpha * private) @ x`.
+
+Knows one layer: its packed base, its two sparse streams and alpha. It does not know how they were
+made (`separate`, `tuning`) nor which model it sits in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import stream
+from .config import NO_LATTICE
+from .errors import ShapeError
+from .lattice import Lattice, check_weight, dequantize, groups_per_row, quantize
+
+SPARSE_TOKENS = 16
+"""Up to this many tokens the private stream is gathered; beyond, it is added to the dense weight."""
+
+
+_STORED = ("scales", "zeros", "residual_values", "private_values", "alpha")
+"""Buffers whose dtype is part of the format: `model.to(torch.bfloat16)` must not round them."""
+
+
+class OrthoLinear(nn.Module):
+    """A separated linear layer.
+
+    Buffers (`bits` 4 or 8): `packed`, `scales`, `zeros` as in `Lattice`; at 16 bits instead
+    `weight` `[out, in]`. Streams: `residual_columns`, `residual_values`, `private_columns`,
+    `private_values`, `[k, out]` each, k possibly 0. `bias` `[out]` or None.
+
+    Outputs have the dtype of the input; products are taken in that dtype on weights that were
+    composed in float32.
+    """
+
+    packed: Tensor
+    scales: Tensor
+    zeros: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    residual_columns: Tensor
+    residual_values: Tensor
+    private_columns: Tensor
+    private_values: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bits: int = 4,
+        group_size: int = 64,
+        residual_slots: int = 0,
+        private_slots: int = 0,
+        bias: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Allocate an empty layer of a known format; the buffers are to be filled by a load."""
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.bits, self.group_size = bits, group_size
+
+        def buffer(name: str, shape: tuple[int, ...], kind: torch.dtype) -> None:
+            self.register_buffer(name, torch.zeros(shape, dtype=kind, device=device))
+
+        if bits == NO_LATTICE:
+            buffer("weight", (out_features, in_features), dtype)
+        else:
+            groups = groups_per_row(in_features, group_size)
+            width = in_features if bits == 8 else -(-in_features // 2)
+            buffer("packed", (out_features, width), torch.uint8)
+            buffer("scales", (out_features, groups), torch.float16)
+            buffer("zeros", (out_features, groups), torch.float16)
+        for name, slots in (("residual", residual_slots), ("private", private_slots)):
+            buffer(f"{name}_columns", (slots, out_features), torch.uint16)
+            buffer(f"{name}_values", (slots, out_features), torch.float16)
+        if bias:
+            buffer("bias", (out_features,), dtype)
+        else:
+            self.bias = None
+        # alpha's two copies: the Python number decides what is computed, and the device scalar is
+        # what a captured graph reads.
+        self._alpha = 1.0
+        self.register_buffer("alpha", torch.ones((), device=device), persistent=False)
+        self._held: Tensor | None = None  # the composed weight, if it is held (see `hold`)
+        self._held_public: Tensor | None = None  # its entries at the private slots at alpha = 0
+        self._observer: Callable[[Tensor], None] | None = None
+        self._anchor: Tensor | None = None  # makes autograd visit a layer none of whose inputs ask
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        bits: int,
+        group_size: int,
+        residual_density: float,
+        importance: Tensor,
+        search: bool = True,
+    ) -> OrthoLinear:
+        """Separate one layer into base and residual.
+
+        importance: float `[in]`, diag(H) of the layer's inputs on public text
+
+        The residual takes the entries of the largest `r**2 * diag(H)`, r being the base's error;
+        the range is then fitted again without them, and they are held to float16's precision.
+        """
+        weight = linear.weight.detach()
+        check_weight(weight)
+        out_features, in_features = weight.shape
+        slots = 0 if bits == NO_LATTICE else stream.slots_per_row(in_features, residual_density)
+        layer = cls(
+            in_features,
+            out_features,
+            bits=bits,
+            group_size=group_size,
+            residual_slots=slots,
+            bias=linear.bias is not None,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+        if linear.bias is not None:
+            layer.bias = linear.bias.detach().clone()
+        if bits == NO_LATTICE:
+            layer.weight = weight.clone()
+            return layer
+        full = weight.float()
+        lattice = quantize(
+            full, bits=bits, group_size=group_size, importance=importance, search=search
+        )
+        if slots:
+            scores = (full - dequantize(lattice)).square() * importance.float()
+            columns = stream.select(scores, slots)
+            if search:
+                lattice = quantize(
+                    full,
+                    bits=bits,
+                    group_size=group_size,
+                    importance=importance,
+                    excluded=stream.mask(columns, in_features),
+                )
+            layer.residual_columns = columns
+            error = stream.gather(full - dequantize(lattice), columns)
+            layer.residual_values = error.to(torch.float16)
+        layer.packed, layer.scales, layer.zeros = lattice.packed, lattice.scales, lattice.zeros
+        return layer
+
+    # --- weights -------------------------------------------------------------------------------
+
+    def base_weight(self) -> Tensor:
+        """The base alone, float32 `[out, in]`."""
+        if self.bits == NO_LATTICE:
+            return self.weight.float()
+        lattice = Lattice(
+            self.packed, self.scales, self.zeros, self.bits, self.group_size, self.in_features
+        )
+        return dequantize(lattice)
+
+    def public_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """base + residual, what alpha = 0 computes with, `[out, in]`."""
+        if self.bits == NO_LATTICE:
+            return self.weight.to(dtype)
+        weight = self.base_weight()
+        return stream.scatter_add(weight, self.residual_columns, self.residual_values).to(dtype)
+
+    def effective_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """base + residual + alpha * private at the present alpha, `[out, in]`."""
+        if not self._private_speaks():
+            return self.public_weight(dtype)
+        weight = self.public_weight()
+        if self.bits == NO_LATTICE:
+            weight = weight.clone()  # it may be the stored tensor itself
+        stream.scatter_add(weight, self.private_columns, self.private_values.float(), self._alpha)
+        return weight.to(dtype)
+
+    def set_private(self, columns: Tensor, values: Tensor) -> None:
+        """Replace the private stream: columns uint16 and values float, `[k, out]` both.
+
+        Raises `ShapeError` for anything malformed; the layer is unchanged then.
+        """
+        stream.check(columns, values, self.in_features, self.out_features, "private stream")
+        held_dtype = None if self._held is None else self._held.dtype
+        self.release()
+        self.private_columns, self.private_values = columns, values
+        if held_dtype is not None:
+            self.hold(held_dtype)
+
+    # --- alpha ---------------------------------------------------------------------------------
+
+    def set_alpha(self, value: float) -> None:
+        """Scale the private stream by any finite real number."""
+        if not math.isfinite(value):
+            raise ShapeError(f"alpha must be a finite real number; found {value}.")
+        self._alpha = float(value)
+        self.alpha.fill_(self._alpha)
+        self.refresh()
+
+    def get_alpha(self) -> float:
+        """The present alpha."""
+        return self._alpha
+
+    def _private_speaks(self) -> bool:
+        # Zero is a branch and not a factor: 0 * NaN would be NaN.
+        return self._alpha != 0.0 and self.private_columns.shape[0] > 0
+
+    # --- holding the composed weight ------------------------------------------------------------
+
+    def hold(self, dtype: torch.dtype) -> None:
+        """Keep the composed weight in memory: as fast as a plain layer, and as large."""
+        if self._held is not None and self._held.dtype == dtype:
+            return
+        public = self.public_weight()
+        self._held_public = stream.gather(public, self.private_columns)
+        self._held = public.to(dtype, copy=True)
+        self.refresh()
+
+    def release(self) -> None:
+        """Drop what `hold` keeps."""
+        self._held = self._held_public = None
+
+    def refresh(self) -> None:
+        """Bring a held weight up to date with alpha and the private values, at the slots only."""
+        if self._held is None or self._held_public is None or not self.private_columns.shape[0]:
+            return
+        entries = self._held_public
+        if self._private_speaks():
+            entries = entries + self._alpha * self.private_values.detach().float()
+        stream.scatter(self._held, self.private_columns, entries)
+
+    def observe(self, observer: Callable[[Tensor], None] | None) -> None:
+        """Show the gradient of the effective weight, `[out, in]`, to `observer` in each backward.
+
+        The gradient has the dtype of the activations and must not be kept. None ends it.
+        """
+        self._observer = observer
+        self._anchor = None if observer is None else torch.zeros((), requires_grad=True)
+
+    # --- computing ------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` of shape `[..., in]` to `[..., out]`, in the dtype of `x`."""
+        if x.shape[-1] != self.in_features:
+            raise ShapeError(
+                f"expected inputs of {self.in_features} features; found shape {tuple(x.shape)}."
+            )
+        if self._observer is not None and torch.is_grad_enabled():
+            return _ObservedProduct.apply(x, self._anchor, self)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self._held is not None and self._held.dtype == x.dtype:
+            return F.linear(x, self._held, bias)
+        tokens = x.numel() // self.in_features
+        if not self._private_speaks() or tokens > SPARSE_TOKENS:
+            return F.linear(x, self.effective_weight(x.dtype), bias)
+        y = F.linear(x, self.public_weight(x.dtype), bias)
+        return y + self._alpha * stream.multiply(x, self.private_columns, self.private_values)
+
+    def composed(self, dtype: torch.dtype) -> Tensor:
+        """The weight to multiply with now: the held one if there is one, else composed afresh."""
+        if self._held is not None and self._held.dtype == dtype:
+            return self._held
+        return self.effective_weight(dtype)
+
+    def storage_bits(self, *, private: bool = True) -> int:
+        """Bits that the layer's weight takes in storage, all streams counted (not the bias)."""
+        names = ["residual_columns", "residual_values"]
+        names += ["weight"] if self.bits == NO_LATTICE else ["packed", "scales", "zeros"]
+        if private:
+            # A stream in tuning has float32 masters; what is stored is float16.
+            names.append("private_columns")
+        total = sum(8 * t.numel() * t.element_size() for t in (getattr(self, n) for n in names))
+        return total + (16 * self.private_values.numel() if private else 0)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OrthoLinear:
+        """Follow a move to another device, but keep the storage formats under a change of dtype."""
+        self.release()
+        before = {name: getattr(self, name) for name in _STORED if name in self._buffers}
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            after = getattr(self, name)
+            if after.dtype != tensor.dtype:
+                setattr(self, name, tensor.to(after.device))
+        return self
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
+            f"group_size={self.group_size}, residual={self.residual_columns.shape[0]}, "
+            f"private={self.private_columns.shape[0]}, alpha={self._alpha}"
+        )
+
+
+class _ObservedProduct(torch.autograd.Function):
+    """A product whose weight gradient is shown to the layer's observer and then dropped.
+
+    So the dense gradient of one layer exists for the length of one call, whatever the observer
+    keeps of it, and none is ever accumulated.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, layer: OrthoLinear) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(x)
+        bias = None if layer.bias is None else layer.bias.to(x.dtype)
+        return F.linear(x, layer.composed(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
+        (grad,), (x,), layer = grads, ctx.saved_tensors, ctx.layer
+        if layer._observer is not None:
+            layer._observer(grad.flatten(0, -2).t() @ x.flatten(0, -2))  # [out, in]
+        return grad @ layer.composed(grad.dtype) if ctx.needs_input_grad[0] else None, None, None

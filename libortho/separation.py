@@ -1,0 +1,77 @@
+"""`separate`: a plain model's linear weights become base + residual, in place.
+
+Knows models, a tokenizer and public text. Sees no private record, which is the whole point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from tqdm import tqdm
+
+from .calibration import hessian_diagonal
+from .config import SeparationConfig
+from .errors import SeparationError, ShapeError
+from .lattice import check_weight
+from .linear import OrthoLinear
+from .models import linear_layers
+from .windows import token_windows
+
+SEPARATION, TOKENIZER = "ortho_separation", "ortho_tokenizer"
+"""Attributes of a separated model: the `SeparationConfig` that made it, and its tokenizer."""
+
+
+def separate(
+    model: Any,
+    tokenizer: Any,
+    calibration: Sequence[str],
+    *,
+    config: SeparationConfig | None = None,
+) -> Any:
+    """Replace every linear layer but the output head by an `OrthoLinear`, in place.
+
+    calibration: public documents; diag(H) is estimated on windows spread evenly over them
+    config: the recipe; the defaults if None
+
+    Peak memory is the model plus one layer's temporaries: each layer is freed as soon as it is
+    packed. The outcome is a deterministic function of the weights, the text and the config.
+    Returns the model. Raises `SeparationError` if it is separated already, `ShapeError` for weights
+    that are not finite; nothing is changed in these cases.
+    """
+    config = config or SeparationConfig()
+    if any(isinstance(module, OrthoLinear) for module in model.modules()):
+        raise SeparationError("this model is separated already; load the original to do it anew.")
+    layers = linear_layers(model)
+    for name, layer in layers.items():
+        try:
+            check_weight(layer.weight.detach(), f"{name}.weight")
+        except ShapeError as error:
+            raise SeparationError(str(error)) from error
+    windows = token_windows(
+        tokenizer,
+        calibration,
+        count=config.calibration_tokens // config.calibration_window,
+        length=config.calibration_window,
+    )
+    importance = hessian_diagonal(model, layers, windows)
+    for name in tqdm(list(layers), desc="separating", unit="layer", disable=None, leave=False):
+        layer = OrthoLinear.from_linear(
+            layers.pop(name),
+            bits=config.bits,
+            group_size=config.group_size,
+            residual_density=config.residual_density,
+            importance=importance.pop(name),
+            search=config.search,
+        )
+        replace_module(model, name, layer)
+    setattr(model, SEPARATION, config)
+    setattr(model, TOKENIZER, tokenizer)
+    return model
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of the one that `name` leads to."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
