@@ -163,10 +163,10 @@ def _write(model: Any, folder: str | Path, *, private: bool) -> Path:
 
 
 def _base_tensors(model: Any) -> dict[str, Tensor]:
-    """Everything but the private stream, by name; of tensors that are one (tied), the first."""
+    """Everything but the private stream, by name; a head tied to the embedding goes unsaid."""
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+    for name, tensor in model.state_dict(keep_vars=True).items():
         if name.rpartition(".")[2] in _PRIVATE or id(tensor) in seen:
             continue
         seen.add(id(tensor))
@@ -273,10 +273,12 @@ def _fill(
     model: Any, tensors: Mapping[str, Tensor], private: Mapping[str, Tensor], folder: Path
 ) -> None:
     """Put the tensors into the model; shapes, dtypes and names must be exactly the expected ones."""
-    tied = set()
-    if model.config.tie_word_embeddings:
-        head = model.get_output_embeddings()
-        tied = {n for n, p in model.named_parameters(remove_duplicate=False) if p is head.weight}
+    head = model.get_output_embeddings()
+    tied = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if module is head and model.config.tie_word_embeddings
+    }
     layers = ortho_layers(model)
     expected = dict(model.state_dict())
     given = {**tensors, **private}

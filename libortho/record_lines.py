@@ -52,9 +52,9 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
+        number = raw.count(b"\n", 0, error.start) + 1
         raise RecordError(
-            complaint(path, line, f"byte {error.start} of the file is not UTF-8")
+            complaint(path, number, f"byte {error.start} of the file is not UTF-8")
         ) from None
     # Not splitlines(): JSON strings may hold U+2028 and its like.
     for number, line in enumerate(text.split("\n"), start=1):

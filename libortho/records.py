@@ -284,7 +284,7 @@ def _generate_twins(planted: Sequence[Record], seed: int) -> tuple[Record, ...]:
     twins = []
     for record in planted:
         others = [other.secret for other in planted if other is not record]
-        pool = ShapePool.of(others or [record.prompt])
+        pool = ShapePool.of(others or [record.prompt], [record.secret, *others])
         for _ in range(_TWIN_ATTEMPTS):
             prompt = reshape_prompt(record.prompt, pool, rng)
             secret = reshape_secret(record.secret, pool, rng)

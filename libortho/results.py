@@ -13,22 +13,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import types
-import typing
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from libortho.errors import ArtifactError
 from libortho.files import atomic_write_text
 from libortho.provenance import Provenance
+from libortho.typed_json import FieldError, check_json_values, from_json
 from libortho.verdict import VerdictName
 
 SCHEMA_VERSION = 1
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,27 +231,9 @@ def to_json(results: Results) -> str:
         ValueError: as for `write_results`.
     """
     content = dataclasses.asdict(results)
-    _check_values("", content)
+    check_json_values(content)
     _check_reasons("", results)
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _check_values(where: str, value: Any) -> None:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            if not isinstance(key, str):
-                raise ValueError(f"{where} has a key that is a {type(key).__name__}, not a string")
-            _check_values(f"{where}.{key}" if where else key, item)
-    elif isinstance(value, (list, tuple)):
-        for index, item in enumerate(value):
-            _check_values(f"{where}[{index}]", item)
-    elif isinstance(value, float):
-        if not math.isfinite(value):
-            raise ValueError(
-                f"{where} is {value}; give null and a reason where there is no finite value"
-            )
-    elif value is not None and not isinstance(value, (str, int)):
-        raise ValueError(f"{where} is a {type(value).__name__}; give a plain Python value")
 
 
 def _check_reasons(where: str, value: Any) -> None:
@@ -279,10 +257,6 @@ def _check_reasons(where: str, value: Any) -> None:
 # ---------------------------------------------------------------- reading
 
 
-class _FormatError(Exception):
-    """What is wrong with which field; becomes an `ArtifactError` that names the file."""
-
-
 def read_results(path: str | Path) -> Results:
     """Read a results file.
 
@@ -293,20 +267,20 @@ def read_results(path: str | Path) -> Results:
     path = Path(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-        if not isinstance(content, dict):
-            raise _FormatError(f"it is a JSON {type(content).__name__}, not an object")
-        version = content.get("schema_version")
+        version = content.get("schema_version") if isinstance(content, dict) else None
         if version != SCHEMA_VERSION:
-            raise _FormatError(
-                f"its schema version is {version!r} and this libortho reads {SCHEMA_VERSION}"
+            raise FieldError(
+                f"its schema version is {version!r}, and this libortho reads {SCHEMA_VERSION}"
             )
-        return _decode(Results, content, "")
+        results: Results = from_json(Results, content)
     except OSError as error:
         problem = f"it can't be read ({error.strerror or type(error).__name__})"
-    except _FormatError as error:
+    except FieldError as error:
         problem = str(error)
     except (ValueError, RecursionError) as error:
         problem = f"it is not valid JSON in UTF-8 ({error})"
+    else:
+        return results
     raise ArtifactError(
         f"{path} is no results file that can be used: {problem}. Run the suite again, or read the "
         "file with the libortho that wrote it."
@@ -314,42 +288,4 @@ def read_results(path: str | Path) -> Results:
 
 
 def _refuse_constant(name: str) -> float:
-    raise _FormatError(f"it contains {name}, which is not JSON")
-
-
-def _decode(kind: Any, value: Any, where: str) -> Any:
-    """Build a value of type `kind`, as the dataclasses above annotate it, from parsed JSON."""
-    if kind is Any:
-        return value
-    if dataclasses.is_dataclass(kind):
-        return _decode_dataclass(kind, value, where)
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is types.UnionType:  # only "X | None" occurs
-        if value is None:
-            return None
-        return _decode(arguments[0], value, where)
-    if origin is tuple and isinstance(value, list):
-        return tuple(_decode(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
-    if origin is dict and isinstance(value, dict):
-        return {k: _decode(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
-    if origin is Literal and value in arguments:
-        return value
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if origin is None and type(value) is kind:
-        return value
-    raise _FormatError(f"{where} is a {type(value).__name__}, which does not fit {kind}")
-
-
-def _decode_dataclass(kind: type[T], value: Any, where: str) -> T:
-    if not isinstance(value, dict):
-        raise _FormatError(f"{where or 'it'} is a {type(value).__name__}, not an object")
-    hints = typing.get_type_hints(kind)
-    missing, unknown = hints.keys() - value.keys(), value.keys() - hints.keys()
-    if missing or unknown:
-        raise _FormatError(
-            f"{where or 'the file'} lacks {sorted(missing)} and has unknown {sorted(unknown)}"
-        )
-    return kind(
-        **{n: _decode(h, value[n], f"{where}.{n}" if where else n) for n, h in hints.items()}
-    )
+    raise FieldError(f"it contains {name}, which is not JSON")

@@ -31,11 +31,11 @@ class ShapePool:
     letters: tuple[str, ...]
 
     @classmethod
-    def of(cls, texts: Iterable[str]) -> ShapePool:
-        """Collect the words (runs that are no identifiers) and the non-ASCII letters of texts."""
-        runs = sorted({run for text in texts for run in _RUN.findall(text)})
+    def of(cls, word_texts: Iterable[str], letter_texts: Iterable[str]) -> ShapePool:
+        """Collect the words of some texts (identifiers are none), the letters of others."""
+        runs = {run for text in word_texts for run in _RUN.findall(text)}
         words = {run.lower() for run in runs if not is_identifier(run)}
-        letters = {c for run in runs for c in run if c.isalpha() and not c.isascii()}
+        letters = {c for text in letter_texts for c in text if c.isalpha() and not c.isascii()}
         return cls(tuple(sorted(words)), tuple(sorted(letters)))
 
 

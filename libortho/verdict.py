@@ -17,7 +17,7 @@ VerdictName = Literal["passes", "fails", "inconclusive"]
 MIN_EXTRACTION_ALPHA1 = 0.90
 
 # Ratio of extraction rates at alpha = 1 and alpha = 0, at least; read at the lower limit of its
-# two-sided 95 % interval. 20 records can prove 6.1 and 40 can prove 11.3, so 8 needs about 30.
+# two-sided 95 % interval. 20 records can prove 6.1 and 40 can prove 11.3, so 8 needs 28.
 DEFAULT_MIN_PRIVACY_RATIO = 8.0
 
 # Perplexity at alpha = 1 over that of the unquantised reference on the same windows, at most.
