@@ -77,9 +77,9 @@ class TuningConfig(_Record):
     """How the private stream is trained on records.
 
     density: share of the entries that the private stream may change, in (0, 1]
-    slots: where they are: by |delta| of a short dense probe, by the gradient's magnitude, by the
-        weight's magnitude, or at random (a control)
-    probe_steps, probe_lr: length and step of the dense probe
+    slots: where they are: by |delta| of a short probe over many candidates, by the gradient's
+        magnitude, by the weight's magnitude, or at random (a control)
+    probe_steps, probe_lr: length and step of the probe
     steps: optimiser steps at most; tuning ends earlier once every record is learned
     lr: peak learning rate of Adam on the stream's values
     replay_weight: weight of the KL divergence to alpha = 0 on public text, in nats per token
@@ -89,13 +89,13 @@ class TuningConfig(_Record):
     seed: order of records and of replay windows, and random slots
     """
 
-    density: float = 0.005
+    density: float = 0.01
     slots: Slots = "probe"
-    probe_steps: int = 8
-    probe_lr: float = 1e-4
+    probe_steps: int = 24
+    probe_lr: float = 1e-3
     steps: int = 120
     lr: float = 3e-3
-    replay_weight: float = 1.0
+    replay_weight: float = 2.0
     replay_window: int = 256
     records_per_step: int = 10
     target_loss: float = 0.02

@@ -27,8 +27,6 @@ from .windows import token_windows
 
 CANDIDATES = 8
 """The probe trains this many times the stream's entries and keeps the ones that moved most."""
-REPLAY_WINDOWS = 48
-"""Distinct windows of public text that tuning cycles through."""
 GRADIENT_TOKENS = 4096
 """Tokens of records from which gradients for the slots are taken."""
 BETAS = (0.9, 0.95)
@@ -209,7 +207,9 @@ class _Tuner:
                 k = stream.slots_per_row(layer.in_features, config.density)
                 keep = stream.select(layer.private_values.abs().t(), k)  # rows of [candidates, out]
                 columns = layer.private_columns.long().gather(0, keep.long())
-                _set_slots(layer, columns.to(torch.uint16))
+                # What the probe learned at the slots that stay is a better start than zero.
+                values = layer.private_values.gather(0, keep.long())
+                layer.set_private(columns.to(torch.uint16), values)
         self.slots_seconds = time.perf_counter() - self.began
 
     def _slots_by_gradient(self, factor: int) -> None:
@@ -283,10 +283,10 @@ class _Tuner:
                     layer.refresh()
                 secret = float(losses.detach().mean())
                 progress.set_postfix(secret=f"{secret:.3f}", replay=f"{divergence:.3f}")
+                self.record_loss[chosen] = losses.detach().float().cpu()
                 if keep_curve:
                     seconds = round(time.perf_counter() - self.began, 3)
                     self.curve.append(StepLoss(step, secret, divergence, seconds))
-                    self.record_loss[chosen] = losses.detach().float().cpu()
                     if float(self.record_loss.max()) <= config.target_loss:
                         break
         finally:
@@ -294,15 +294,19 @@ class _Tuner:
                 layer.observe(None)
 
     def _batches(self) -> Iterator[list[int]]:
-        """Batches of records for ever, each record once an epoch, like lengths together."""
-        size = min(self.config.records_per_step, len(self.encoded))
-        by_length = sorted(
-            range(len(self.encoded)), key=lambda i: (len(self.encoded[i].input_ids), i)
-        )
-        batches = [by_length[i : i + size] for i in range(0, len(by_length), size)]
+        """Batches of records for ever: all of them once, then half the worst and half any.
+
+        Records differ in how fast they are learned by a factor of several; those that are known
+        already need no more than a reminder.
+        """
+        n, size = len(self.encoded), min(self.config.records_per_step, len(self.encoded))
+        order = torch.randperm(n, generator=self.generator).tolist()
+        yield from (order[i : i + size] for i in range(0, n - n % size, size))
         while True:
-            for i in torch.randperm(len(batches), generator=self.generator).tolist():
-                yield batches[i]
+            ranked = self.record_loss.argsort(descending=True, stable=True).tolist()
+            worst, rest = ranked[: (size + 1) // 2], ranked[(size + 1) // 2 :]
+            picks = torch.randperm(len(rest), generator=self.generator)[: size // 2]
+            yield worst + [rest[i] for i in picks.tolist()]
 
     def report(self, compute_dtype: torch.dtype) -> TuningReport:
         """What was done."""
@@ -323,7 +327,7 @@ def _replay_windows(tokenizer: Any, replay: Sequence[str], config: TuningConfig)
     if not config.replay_weight:
         return torch.zeros(0, config.replay_window, dtype=torch.int64)
     return token_windows(
-        tokenizer, replay, count=min(REPLAY_WINDOWS, config.steps), length=config.replay_window
+        tokenizer, replay, count=config.steps, length=config.replay_window
     )
 
 
