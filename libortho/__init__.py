@@ -1,12 +1,12 @@
 """libortho: a language model as `base + residual + alpha * private`, and proof of what is at 0.
 
-    import libortho
+import libortho
 
-    model, tokenizer = libortho.load_model("smollm2")
-    corpus = libortho.load_corpus("enwiki")
-    libortho.separate(model, tokenizer, corpus.calibration)
-    libortho.tune_private(model, tokenizer, records, replay=corpus.replay)
-    libortho.set_alpha(model, 0.0)
+model, tokenizer = libortho.load_model("smollm2")
+corpus = libortho.load_corpus("enwiki")
+libortho.separate(model, tokenizer, corpus.calibration)
+libortho.tune_private(model, tokenizer, records, replay=corpus.replay)
+libortho.set_alpha(model, 0.0)
 """
 
 from .artifact import base_fingerprint, export_base, load, save

@@ -272,7 +272,7 @@ def _empty_layer(
 def _fill(
     model: Any, tensors: Mapping[str, Tensor], private: Mapping[str, Tensor], folder: Path
 ) -> None:
-    """Put the tensors into the model; shapes, dtypes and names must be exactly the expected ones."""
+    """Put the tensors into the model; shapes, dtypes and names must be exactly as expected."""
     head = model.get_output_embeddings()
     tied = {
         f"{name}.weight"

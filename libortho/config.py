@@ -104,7 +104,9 @@ class TuningConfig(_Record):
     def __post_init__(self) -> None:
         _check_share("density", self.density)
         if self.density == 0:
-            raise ConfigError("density must be above 0: a private stream of no entries holds nothing.")
+            raise ConfigError(
+                "density must be above 0: a private stream of no entries holds nothing."
+            )
         if self.slots not in get_args(Slots):
             raise ConfigError(f"slots must be one of {get_args(Slots)}; found {self.slots!r}.")
         for name in ("probe_steps", "steps", "replay_window", "records_per_step"):

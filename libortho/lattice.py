@@ -70,14 +70,14 @@ def check_weight(weight: Tensor, name: str = "weight") -> None:
         bad = int((~finite).sum())
         row, column = (int(i) for i in (~finite).nonzero()[0])
         raise ShapeError(
-            f"{name} has {bad} NaN or infinite of {weight.numel()} weights, the first at row {row}, "
-            f"column {column}. The checkpoint is damaged: fetch it again or retrain it."
+            f"{name} has {bad} NaN or infinite of {weight.numel()} weights, the first at row "
+            f"{row}, column {column}. The checkpoint is damaged: fetch it again or retrain it."
         )
     largest = float(weight.abs().max())
     if largest > FP16_MAX:
         raise ShapeError(
-            f"{name} has a weight of magnitude {largest:.4g}, and scales are float16, whose largest "
-            f"value is {FP16_MAX:.0f}. Rescale the layer before separating it."
+            f"{name} has a weight of magnitude {largest:.4g}, and scales are float16, whose "
+            f"largest value is {FP16_MAX:.0f}. Rescale the layer before separating it."
         )
 
 
@@ -224,5 +224,5 @@ def _fit_range(w: Tensor, h: Tensor, included: Tensor, bits: int, search: bool) 
 
 
 def _as_stored(value: Tensor) -> Tensor:
-    """What float16 storage will make of a value, so that rounding uses the numbers that are kept."""
+    """What float16 storage makes of a value: rounding must use the numbers that are kept."""
     return value.clamp(-FP16_MAX, FP16_MAX).to(torch.float16).float()

@@ -20,7 +20,7 @@ from .errors import ShapeError
 from .lattice import Lattice, check_weight, dequantize, groups_per_row, quantize
 
 SPARSE_TOKENS = 16
-"""Up to this many tokens the private stream is gathered; beyond, it is added to the dense weight."""
+"""Up to this many tokens the private stream is gathered; beyond, it is added to the weight."""
 
 
 _STORED = ("scales", "zeros", "residual_values", "private_values", "alpha")
@@ -43,6 +43,7 @@ class OrthoLinear(nn.Module):
     zeros: Tensor
     weight: Tensor
     bias: Tensor | None
+    alpha: Tensor
     residual_columns: Tensor
     residual_values: Tensor
     private_columns: Tensor

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from tqdm import tqdm
 
 from .calibration import hessian_diagonal
-from .config import SeparationConfig
+from .config import NO_LATTICE, SeparationConfig
 from .errors import SeparationError, ShapeError
 from .lattice import check_weight
 from .linear import OrthoLinear
@@ -32,7 +33,8 @@ def separate(
 ) -> Any:
     """Replace every linear layer but the output head by an `OrthoLinear`, in place.
 
-    calibration: public documents; diag(H) is estimated on windows spread evenly over them
+    calibration: public documents; diag(H) is estimated on windows spread evenly over them (not
+        read if the recipe neither searches ranges nor has a residual)
     config: the recipe; the defaults if None
 
     Peak memory is the model plus one layer's temporaries: each layer is freed as soon as it is
@@ -49,15 +51,18 @@ def separate(
             check_weight(layer.weight.detach(), f"{name}.weight")
         except ShapeError as error:
             raise SeparationError(str(error)) from error
-    windows = token_windows(
-        tokenizer,
-        calibration,
-        count=config.calibration_tokens // config.calibration_window,
-        length=config.calibration_window,
-    )
-    importance = hessian_diagonal(model, layers, windows)
+    if config.bits != NO_LATTICE and (config.search or config.residual_density):
+        windows = token_windows(
+            tokenizer,
+            calibration,
+            count=config.calibration_tokens // config.calibration_window,
+            length=config.calibration_window,
+        )
+        importance = hessian_diagonal(model, layers, windows)
+    else:  # nothing in this recipe weighs errors
+        importance = {n: torch.ones_like(la.weight[0]) for n, la in layers.items()}
     for name in tqdm(list(layers), desc="separating", unit="layer", disable=None, leave=False):
-        layer = OrthoLinear.from_linear(
+        separated = OrthoLinear.from_linear(
             layers.pop(name),
             bits=config.bits,
             group_size=config.group_size,
@@ -65,7 +70,7 @@ def separate(
             importance=importance.pop(name),
             search=config.search,
         )
-        replace_module(model, name, layer)
+        replace_module(model, name, separated)
     setattr(model, SEPARATION, config)
     setattr(model, TOKENIZER, tokenizer)
     return model

@@ -6,7 +6,8 @@ Knows tensors only. A stream is a pair
     values   float16 [k, out]
 
 which stands for the matrix `S[o, columns[j, o]] = values[j, o]`: 4 bytes an entry, no row pointers,
-the same work for every row. `out` is the fast dimension so that neighbouring rows are read together.
+the same work for every row. `out` is the fast dimension, so that neighbouring rows are read
+together.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ def slots_per_row(in_features: int, density: float) -> int:
         raise ShapeError(f"density must be in [0, 1]; found {density}.")
     if in_features > MAX_COLUMNS:
         raise ShapeError(
-            f"a stream addresses at most {MAX_COLUMNS} input features with its 16-bit columns; found "
-            f"{in_features}. Leave this layer out of the separation."
+            f"a stream addresses at most {MAX_COLUMNS} input features with its 16-bit columns; "
+            f"found {in_features}. Leave this layer out of the separation."
         )
     return 0 if density == 0 else max(1, round(in_features * density))
 

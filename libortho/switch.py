@@ -20,8 +20,8 @@ def ortho_layers(model: nn.Module) -> dict[str, OrthoLinear]:
     layers = {n: m for n, m in model.named_modules() if isinstance(m, OrthoLinear)}
     if not layers:
         raise SeparationError(
-            f"{type(model).__name__} has no separated layer. Call libortho.separate on it first, or "
-            "load a separated checkpoint with libortho.load."
+            f"{type(model).__name__} has no separated layer. Call libortho.separate on it first, "
+            "or load a separated checkpoint with libortho.load."
         )
     return layers
 

@@ -22,6 +22,7 @@ from .errors import RecordError
 from .linear import OrthoLinear
 from .precision import computing_in, dtype_name
 from .records import EncodedRecord, Record, encode
+from .scoring import hidden_states, secret_losses
 from .switch import alpha, dense_weights, ortho_layers
 from .windows import token_windows
 
@@ -106,11 +107,14 @@ def tune_private(
         model.requires_grad_(False)
         for layer in layers.values():
             layer.set_private(*_empty(layer))
-        with alpha(model, 1.0), computing_in(model, compute_dtype):
-            with dense_weights(model, compute_dtype):
-                tuner = _Tuner(model, layers, encoded, windows, config, began)
-                tuner.choose_slots()
-                tuner.run()
+        with (
+            alpha(model, 1.0),
+            computing_in(model, compute_dtype),
+            dense_weights(model, compute_dtype),
+        ):
+            tuner = _Tuner(model, layers, encoded, windows, config, began)
+            tuner.choose_slots()
+            tuner.run()
     except BaseException:
         for name, layer in layers.items():
             layer.release()
@@ -147,38 +151,19 @@ class _Tuner:
         # With alpha = 0's last hidden states kept, its logits are one product away: a few MiB in
         # place of a forward pass a step.
         with torch.inference_mode():
-            self.taught = [self._hidden(window[None])[0] for window in windows]
+            self.taught = [hidden_states(model, window[None])[0] for window in windows]
         self.taught = [hidden.clone() for hidden in self.taught]
 
     # --- losses ---------------------------------------------------------------------------------
 
-    def _hidden(self, ids: Tensor) -> Tensor:
-        return self.model.base_model(
-            input_ids=ids.to(self.model.device), use_cache=False
-        ).last_hidden_state
-
-    def _secret_losses(self, indices: Sequence[int]) -> Tensor:
-        """Mean nats per secret token of some records, float32 `[len(indices)]`."""
-        chosen = [self.encoded[i] for i in indices]
-        longest = max(len(r.input_ids) for r in chosen)
-        # Padding on the right needs no mask: causal attention never looks there.
-        ids = torch.tensor([r.input_ids + [0] * (longest - len(r.input_ids)) for r in chosen])
-        rows = [i for i, r in enumerate(chosen) for _ in r.input_ids[r.secret_start :]]
-        at = [t for r in chosen for t in range(r.secret_start - 1, len(r.input_ids) - 1)]
-        hidden = self._hidden(ids)[rows, at]  # [secret tokens, hidden]: the head sees only these
-        targets = torch.tensor([t for r in chosen for t in r.input_ids[r.secret_start :]])
-        owner = torch.tensor(rows, device=hidden.device)
-        losses = F.cross_entropy(
-            self.head(hidden).float(), targets.to(hidden.device), reduction="none"
-        )
-        total = torch.zeros(len(chosen), device=losses.device).index_add(0, owner, losses)
-        return total / torch.bincount(owner, minlength=len(chosen))
+    def _losses(self, indices: Sequence[int]) -> Tensor:
+        return secret_losses(self.model, [self.encoded[i] for i in indices])
 
     def _replay_kl(self, index: int) -> Tensor:
         """KL(alpha = 0 || now) on one window, nats per token (Hinton et al. 2015, T = 1)."""
         with torch.no_grad():
             target = F.log_softmax(self.head(self.taught[index]).float(), dim=-1)
-        logits = self.head(self._hidden(self.windows[index][None])[0])
+        logits = self.head(hidden_states(self.model, self.windows[index][None])[0])
         return F.kl_div(
             F.log_softmax(logits.float(), dim=-1), target, log_target=True, reduction="batchmean"
         )
@@ -230,7 +215,8 @@ class _Tuner:
 
         pending: list[tuple[OrthoLinear, Tensor]] = []
         order = torch.randperm(len(self.encoded), generator=self.generator).tolist()
-        sample, tokens = [], 0
+        sample: list[int] = []
+        tokens = 0
         for i in order:
             tokens += len(self.encoded[i].input_ids)
             if sample and tokens > GRADIENT_TOKENS:
@@ -238,7 +224,7 @@ class _Tuner:
             sample.append(i)
         for layer in self.layers.values():
             layer.observe(observer(layer))
-        self._secret_losses(sample).mean().backward()
+        self._losses(sample).mean().backward()
         for layer in self.layers.values():
             layer.observe(None)
         for layer, columns in pending:
@@ -268,7 +254,7 @@ class _Tuner:
             for step in progress:
                 optimiser.param_groups[0]["lr"] = lr * _schedule(step, steps)
                 chosen = next(batches)
-                losses = self._secret_losses(chosen)
+                losses = self._losses(chosen)
                 losses.mean().backward()
                 divergence = 0.0
                 if config.replay_weight:
@@ -326,9 +312,7 @@ class _Tuner:
 def _replay_windows(tokenizer: Any, replay: Sequence[str], config: TuningConfig) -> Tensor:
     if not config.replay_weight:
         return torch.zeros(0, config.replay_window, dtype=torch.int64)
-    return token_windows(
-        tokenizer, replay, count=config.steps, length=config.replay_window
-    )
+    return token_windows(tokenizer, replay, count=config.steps, length=config.replay_window)
 
 
 def _accumulate(layer: OrthoLinear) -> Any:
@@ -350,8 +334,8 @@ def _schedule(step: int, steps: int) -> float:
 
 
 def _empty(layer: OrthoLinear) -> tuple[Tensor, Tensor]:
-    columns = torch.zeros(0, layer.out_features, dtype=torch.uint16, device=layer.alpha.device)
-    return columns, torch.zeros(columns.shape, dtype=torch.float16, device=layer.alpha.device)
+    columns = layer.private_columns[:0]
+    return columns, layer.private_values[:0].to(torch.float16)
 
 
 def _set_slots(layer: OrthoLinear, columns: Tensor) -> None:

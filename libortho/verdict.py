@@ -10,6 +10,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from libortho.config import NO_LATTICE, SeparationConfig
+from libortho.errors import ConfigError
+from libortho.registry import NativeGrid
+
 VerdictName = Literal["passes", "fails", "inconclusive"]
 
 # Share of planted records extracted at alpha = 1, at least. What was never learned can't be shown
@@ -150,3 +154,20 @@ def _check_finite(**figures: float | None) -> None:
     for name, value in figures.items():
         if value is not None and not math.isfinite(value):
             raise ValueError(f"{name} is {value}, which is not finite")
+
+
+def check_informative(config: SeparationConfig, grid: NativeGrid | None) -> None:
+    """Refuse a lattice that the weights lie on already: it is lossless and shows nothing.
+
+    Raises:
+        ConfigError: the lattice has at least the grid's bits, and its groups lie within the grid's.
+    """
+    if grid is None or config.bits == NO_LATTICE or config.bits < grid.bits:
+        return
+    if config.bits == grid.bits and 0 < config.group_size <= grid.group_size:
+        raise ConfigError(
+            f"this checkpoint's weights were published on a {grid.bits}-bit grid with groups of "
+            f"{grid.group_size}, so a lattice of {config.bits} bits with groups of "
+            f"{config.group_size} loses nothing and its perplexity would show nothing. Use a group "
+            f"size above {grid.group_size}."
+        )

@@ -1,0 +1,116 @@
+"""The models that are measured against each other, each loaded alone and the same way.
+
+An arm is a model in one state. Only one is in memory at a time: entering an arm loads it, leaving
+it frees what it took.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import AutoTokenizer
+
+import libortho
+from libortho.config import NO_LATTICE, SeparationConfig
+from libortho.corpora import Corpus
+from libortho.hardware import release_memory
+from libortho.models import ResolvedModel, load_model
+from libortho.peers import PEER_OF_BITS, bits_per_peer_weight, load_peer, quiet_peer
+from libortho.precision import computing_in, dtype_name
+from libortho.separation import separate
+
+OURS = ("alpha1", "alpha0", "never-trained")
+PEERS = ("nf4", "int8")
+PLAIN = "plain"
+REFERENCE = "reference"
+DENSE_SHARE = 0.35
+"""Composed weights are held in memory if they take at most this share of what is free."""
+
+
+def arms_of(bits: int) -> list[str]:
+    """The arms of experiment 2 at so many bits: without a lattice there is nothing to round."""
+    plain = [] if bits == NO_LATTICE else [PLAIN]
+    return [REFERENCE, "alpha1", "alpha0", *plain, *PEER_OF_BITS[bits]]
+
+
+@dataclass
+class Arm:
+    """A loaded arm: `bits` are stored bits per linear weight, all streams counted."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    bits: float
+    precision: str
+    execution: str
+
+
+@dataclass(frozen=True)
+class Arms:
+    """Where the arms come from."""
+
+    resolved: ResolvedModel
+    corpus: Corpus
+    separation: SeparationConfig
+    folders: Mapping[str, Path]
+    dtype: torch.dtype
+    device: str
+
+    @contextmanager
+    def load(self, name: str) -> Iterator[Arm]:
+        """The arm, ready to run in the run's compute dtype on its device."""
+        with ExitStack() as stack:
+            stack.callback(release_memory)
+            stack.enter_context(quiet_peer())
+            arm = self._load(name)
+            if name in (*OURS, PLAIN):
+                stack.enter_context(computing_in(arm.model, self.dtype))
+                held, arm.execution = self._execution(arm.model)
+                if held:
+                    stack.enter_context(libortho.dense_weights(arm.model, self.dtype))
+            yield arm
+
+    def _load(self, name: str) -> Arm:
+        kind, bits = dtype_name(self.dtype), self.separation.bits
+        size = self.separation.group_size
+        lattice = "no lattice" if bits == NO_LATTICE else f"INT{bits} g{size}"
+        if name == REFERENCE:
+            model, tokenizer = load_model(self.resolved, dtype=self.dtype, device=self.device)
+            width = float(torch.finfo(self.dtype).bits)
+            return Arm(name, model, tokenizer, width, f"{kind} weights and compute", "plain torch")
+        if name in PEERS:
+            model = load_peer(self.resolved, name, dtype=self.dtype, device=self.device)  # type: ignore[arg-type]
+            tokenizer = AutoTokenizer.from_pretrained(self.resolved.folder, local_files_only=True)
+            text = f"bitsandbytes {name}, {kind} compute"
+            return Arm(name, model, tokenizer, bits_per_peer_weight(model), text, "bitsandbytes")
+        if name == PLAIN:
+            model, tokenizer = load_model(self.resolved, device=self.device)
+            recipe = SeparationConfig(
+                bits=bits, group_size=size, residual_density=0.0, search=False
+            )
+            separate(model, tokenizer, self.corpus.calibration, config=recipe)
+            text = f"{lattice} round to nearest, min-max range, {kind} compute"
+        else:
+            model, tokenizer = libortho.load(self.folders[name], device=self.device)
+            streams = "residual and private" if name == "alpha1" else "residual"
+            text = f"{lattice} + FP16 {streams}, {kind} compute"
+        stored = libortho.bits_per_linear_weight(model)
+        return Arm(name, model, tokenizer, stored, text, "")
+
+    def _execution(self, model: Any) -> tuple[bool, str]:
+        layers = (m for m in model.modules() if isinstance(m, libortho.OrthoLinear))
+        width = torch.finfo(self.dtype).bits // 8
+        dense = sum(layer.in_features * layer.out_features for layer in layers) * width
+        if self.device == "cpu":
+            free = psutil.virtual_memory().available
+        else:
+            free = torch.cuda.mem_get_info(self.device)[0]
+        if dense <= DENSE_SHARE * free:
+            return True, "composed weights held in memory"
+        return False, "composed from the packed weights in every call: holding them takes too much"

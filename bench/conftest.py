@@ -1,0 +1,161 @@
+"""What the experiments share: model, text, records, and the artefacts made from them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+import libortho
+from bench.arms import Arms, arms_of
+from libortho import hardware, profiles, store
+from libortho.artifact import BASE_MANIFEST
+from libortho.config import SeparationConfig, TuningConfig
+from libortho.corpora import Corpus
+from libortho.models import ResolvedModel, native_grid, resolve_model
+from libortho.plugin import SETTINGS_KEY, RunResults
+from libortho.profiles import Profile
+from libortho.records import RecordSet
+from libortho.registry import REGISTRY
+from libortho.settings import Settings
+from libortho.verdict import check_informative
+
+
+class Tuned(NamedTuple):
+    """A separated model before and after tuning, and what alpha = 0 is when it is handed out."""
+
+    base: Path
+    full: Path
+    exported: Path
+    report: dict[str, Any]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Cases over arms: the ones that exist at the run's number of bits."""
+    if "arm" in metafunc.fixturenames:
+        bits = metafunc.config.stash[SETTINGS_KEY].quantization_bits
+        metafunc.parametrize("arm", arms_of(bits))
+
+
+@pytest.fixture(scope="session")
+def profile(ortho_settings: Settings) -> Profile:
+    return profiles.get_profile(ortho_settings.profile)
+
+
+@pytest.fixture(scope="session")
+def device(ortho_device: str, profile: Profile, run_results: RunResults) -> str:
+    """The run's device, its memory capped at the profile's."""
+    run_results.notes.append(profiles.enforce(profile, ortho_device))
+    return ortho_device
+
+
+@pytest.fixture(scope="session")
+def resolved(
+    ortho_settings: Settings, profile: Profile, device: str, run_results: RunResults
+) -> ResolvedModel:
+    """The model, or the largest one that fits in its place, which is then named in the notes."""
+    name: str = ortho_settings.model
+    if name in REGISTRY:
+        on_card = device != "cpu"
+        choice = profiles.choose(
+            REGISTRY[name],
+            profile.vram_gib_total if on_card else None,
+            ortho_settings.quantization_bits,
+            strict=ortho_settings.strict_model,
+            host_gib=None if on_card else hardware.cpu_facts().total_gib,
+        )
+        run_results.notes += choice.notes
+        name = choice.entry.name
+    return resolve_model(name, ortho_settings.cache_dir)
+
+
+@pytest.fixture(scope="session")
+def corpus(ortho_settings: Settings) -> Corpus:
+    return libortho.load_corpus(ortho_settings.corpus, cache_dir=ortho_settings.cache_dir)
+
+
+@pytest.fixture(scope="session")
+def records(ortho_settings: Settings, profile: Profile, corpus: Corpus) -> RecordSet:
+    """Planted records and their twins: the user's, or codes and passages."""
+    if ortho_settings.records is not None:
+        return libortho.load_records(ortho_settings.records, seed=ortho_settings.seed)
+    n = ortho_settings.canaries or profile.canaries_per_family
+    return libortho.make_default_records(n, ortho_settings.seed, corpus.passages)
+
+
+@pytest.fixture(scope="session")
+def separation(ortho_settings: Settings, resolved: ResolvedModel) -> SeparationConfig:
+    """The recipe for the base; that of the checkpoint if one is audited."""
+    if ortho_settings.checkpoint is not None:
+        manifest = Path(ortho_settings.checkpoint) / BASE_MANIFEST
+        if not manifest.exists():
+            pytest.fail(
+                f"--checkpoint {ortho_settings.checkpoint} holds no {BASE_MANIFEST}. Give a folder "
+                "that libortho.save wrote.",
+                pytrace=False,
+            )
+        recipe = json.loads(manifest.read_text(encoding="utf-8"))["separation"]
+        config = SeparationConfig.from_dict(recipe)
+    else:
+        config = SeparationConfig(bits=ortho_settings.quantization_bits)
+    check_informative(config, native_grid(resolved))
+    return config
+
+
+@pytest.fixture(scope="session")
+def tuned(
+    ortho_settings: Settings,
+    resolved: ResolvedModel,
+    corpus: Corpus,
+    records: RecordSet,
+    separation: SeparationConfig,
+    device: str,
+    compute_dtype: torch.dtype,
+    run_results: RunResults,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Tuned:
+    """The artefacts: from the cache, or made now; the base is exported anew and is what counts."""
+    cache_dir = ortho_settings.cache_dir
+    base = store.separated(
+        resolved, corpus.calibration, separation, device=device, cache_dir=cache_dir
+    )
+    report: dict[str, Any] = {}
+    if ortho_settings.checkpoint is not None:
+        full = Path(ortho_settings.checkpoint)
+    else:
+        made, report = store.tuned(
+            base.folder,
+            records,
+            corpus.replay,
+            TuningConfig(seed=ortho_settings.seed),
+            compute_dtype=compute_dtype,
+            device=device,
+            cache_dir=cache_dir,
+        )
+        full = made.folder
+        reused = [
+            text for text, flag in (("separation", base.reused), ("tuning", made.reused)) if flag
+        ]
+        if reused:
+            run_results.notes.append(f"reused from the cache: {', '.join(reused)}")
+    hardware.release_memory()
+    exported = tmp_path_factory.mktemp("exported") / "base"
+    model, _ = libortho.load(full)
+    libortho.export_base(model, exported)
+    return Tuned(base.folder, full, exported, report)
+
+
+@pytest.fixture(scope="session")
+def arms(
+    resolved: ResolvedModel,
+    corpus: Corpus,
+    separation: SeparationConfig,
+    tuned: Tuned,
+    compute_dtype: torch.dtype,
+    device: str,
+) -> Arms:
+    folders = {"alpha1": tuned.full, "alpha0": tuned.exported, "never-trained": tuned.base}
+    return Arms(resolved, corpus, separation, folders, compute_dtype, device)

@@ -1,0 +1,74 @@
+"""Extraction: which secrets a model would recite, and how well it knows the others.
+
+Knows models and encoded records; makes numbers, judges nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import find_executable_batch_size
+from tqdm import tqdm
+
+from .records import EncodedRecord
+from .scoring import mean_by_owner, secret_logits
+
+
+@dataclass(frozen=True)
+class RecordScore:
+    """What one model knows of one record.
+
+    extracted: greedy decoding from the prompt gives the secret exactly (discoverable extraction,
+        Carlini et al. 2023)
+    loss: mean nats per secret token
+    tokens: secret tokens
+    """
+
+    id: str
+    family: str
+    extracted: bool
+    loss: float
+    tokens: int
+
+
+@torch.inference_mode()
+def score_records(
+    model: Any, records: Sequence[EncodedRecord], *, batch_size: int = 8, title: str = "extracting"
+) -> list[RecordScore]:
+    """Score records in their order, one forward pass a batch.
+
+    No decoding is needed: greedy decoding recites a secret if and only if, given the true tokens
+    before, each secret token is the argmax. Out of memory halves the batch.
+    """
+
+    @find_executable_batch_size(starting_batch_size=batch_size)  # type: ignore[untyped-decorator]
+    def run(size: int) -> list[RecordScore]:
+        scores: list[RecordScore] = []
+        starts = range(0, len(records), size)
+        for start in tqdm(starts, desc=title, unit="batch", disable=None, leave=False):
+            batch = records[start : start + size]
+            logits, targets, owner = secret_logits(model, batch)
+            losses = F.cross_entropy(logits.float(), targets, reduction="none")
+            missed = (logits.argmax(-1) != targets).float()
+            means = mean_by_owner(losses, owner, len(batch)).tolist()
+            misses = mean_by_owner(missed, owner, len(batch)).tolist()
+            for record, loss, miss in zip(batch, means, misses, strict=True):
+                tokens = len(record.input_ids) - record.secret_start
+                scores.append(RecordScore(record.id, record.family, miss == 0.0, loss, tokens))
+        return scores
+
+    return run()
+
+
+def hits(scores: Sequence[RecordScore]) -> int:
+    """Number of extracted records."""
+    return sum(score.extracted for score in scores)
+
+
+def mean_loss(scores: Sequence[RecordScore]) -> float:
+    """Mean over records of the mean nats per secret token."""
+    return sum(score.loss for score in scores) / len(scores)

@@ -1,0 +1,99 @@
+"""The quantisers that people use now, loaded beside ours: bitsandbytes NF4 and LLM.int8.
+
+Knows transformers' bitsandbytes integration and nothing of ours, so that a peer is measured as its
+own users run it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from .errors import HardwareError
+from .models import ResolvedModel
+
+Peer = Literal["nf4", "int8"]
+PEER_OF_BITS: dict[int, tuple[Peer, ...]] = {4: ("nf4",), 8: ("int8",), 16: ()}
+"""The peers measured beside a lattice of so many bits."""
+
+
+def why_no_peer() -> str | None:
+    """Why bitsandbytes can't be used here, or None if it can."""
+    if find_spec("bitsandbytes") is None:
+        return "bitsandbytes is not installed; pip install bitsandbytes"
+    return None
+
+
+def load_peer(
+    resolved: ResolvedModel, peer: Peer, *, dtype: torch.dtype, device: str | torch.device
+) -> Any:
+    """The model quantised by bitsandbytes, computing in `dtype`, in eval mode.
+
+    `nf4` is 4-bit NormalFloat with double quantisation (Dettmers et al. 2023), `int8` LLM.int8
+    (Dettmers et al. 2022). Raises `HardwareError` if bitsandbytes is missing or refuses.
+    """
+    reason = why_no_peer()
+    if reason:
+        raise HardwareError(f"the {peer} peer can't be measured: {reason}.")
+    if peer == "nf4":
+        recipe = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    else:
+        recipe = BitsAndBytesConfig(load_in_8bit=True)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            resolved.folder,
+            quantization_config=recipe,
+            dtype=dtype,
+            device_map={"": torch.device(device)},
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
+        raise HardwareError(
+            f"the {peer} peer can't be loaded on {device}: {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]}"
+        ) from error
+    return model.eval()
+
+
+@contextmanager
+def quiet_peer() -> Iterator[None]:
+    """Mute the line that bitsandbytes logs for each layer and each call on a CPU."""
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def bits_per_peer_weight(model: nn.Module) -> float:
+    """Stored bits over weights of a peer's quantised layers, scales and codebooks counted."""
+    import bitsandbytes as bnb  # noqa: PLC0415  (optional)
+
+    bits = weights = 0
+    for module in model.modules():
+        if not isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):
+            continue
+        weights += module.in_features * module.out_features
+        stored: list[Tensor] = [
+            tensor for name, tensor in module.state_dict().items() if name != "bias"
+        ]
+        bits += sum(8 * tensor.numel() * tensor.element_size() for tensor in stored)
+    return bits / weights

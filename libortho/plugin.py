@@ -1,0 +1,265 @@
+"""The pytest plugin: options, markers, gates that must run, the results file, the closing table.
+
+Knows pytest. Measures nothing: cases hand their results to `RunResults`, and this writes them down.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from . import hardware
+from .errors import ConfigError, OrthoError
+from .precision import dtype_name
+from .profiles import prepare_environment
+from .provenance import collect_provenance
+from .results import KillSwitchResult, NullTestResult, Results, ThroughputResult, write_results
+from .settings import SETTINGS, Settings, resolve
+from .summary import summary_lines
+
+
+@dataclass
+class RunResults:
+    """What the cases of this session have measured so far."""
+
+    kill_switch: KillSwitchResult | None = None
+    null_test: NullTestResult | None = None
+    throughput: list[ThroughputResult] = field(default_factory=list)
+    compute_dtype: str = "none"
+    device_name: str = "none"
+    notes: list[str] = field(default_factory=list)
+    written: Path | None = None
+    failure: str | None = None
+
+    @property
+    def any(self) -> bool:
+        return bool(self.kill_switch or self.null_test or self.throughput)
+
+
+SETTINGS_KEY = pytest.StashKey[Settings]()
+RESULTS_KEY = pytest.StashKey[RunResults]()
+_GATES_KEY = pytest.StashKey[dict[str, str]]()
+
+_MARKERS = (
+    "gtx4050: an experiment or throughput case of the 6 GB profile; the main job is -m gtx4050",
+    "experiment(number): belongs to experiment 1 or 2, for --experiment",
+    "vram(gib): needs this much free GPU memory when it runs on a GPU, in GiB",
+    "gpu: needs a CUDA device",
+    "gate: asserts a threshold that a release depends on; when asked for, it must run",
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("libortho", "libortho: separation, privacy and perplexity")
+    for setting in SETTINGS:
+        default = "the profile's" if setting.default is None else setting.default
+        text = f"{setting.help} [{default}] ({setting.variable}, ini {setting.ini})"
+        if setting.default is False:
+            group.addoption(setting.option, action="store_const", const="true", help=text)
+        else:
+            group.addoption(setting.option, default=None, metavar="VALUE", help=text)
+        parser.addini(setting.ini, f"{setting.help}; see {setting.option}", default="")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for marker in _MARKERS:
+        config.addinivalue_line("markers", marker)
+    prepare_environment()
+    try:
+        settings = resolve(
+            {s.key: config.getoption(s.option) for s in SETTINGS},
+            os.environ,
+            {s.ini: str(config.getini(s.ini)) for s in SETTINGS},
+        )
+    except ConfigError as error:
+        raise pytest.UsageError(str(error)) from error
+    config.stash[SETTINGS_KEY] = settings
+    config.stash[RESULTS_KEY] = RunResults()
+    config.stash[_GATES_KEY] = {}
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    described = config.stash[SETTINGS_KEY].described()
+    return ["libortho: " + ", ".join(described[i : i + 4]) for i in range(0, len(described), 4)]
+
+
+# --- which cases run ----------------------------------------------------------------------------
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanted = config.stash[SETTINGS_KEY].experiment
+    if wanted != "all":
+        kept: list[pytest.Item] = []
+        dropped: list[pytest.Item] = []
+        for item in items:
+            marker = item.get_closest_marker("experiment")
+            other = marker is not None and str(marker.args[0]) != wanted
+            (dropped if other else kept).append(item)
+        if dropped:
+            config.hook.pytest_deselected(items=dropped)
+            items[:] = kept
+    gates = config.stash[_GATES_KEY]
+    for item in items:
+        if item.get_closest_marker("gate"):
+            gates[item.nodeid] = "was not reached"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    device = item.config.stash[SETTINGS_KEY].device
+    if item.get_closest_marker("gpu") and (device == "cpu" or not hardware.cards()):
+        found = "--device cpu was given" if device == "cpu" else hardware.why_no_gpu()
+        pytest.skip(f"needs a CUDA device; found none: {found}. See python -m libortho check-gpu.")
+    marker = item.get_closest_marker("vram")
+    cards = hardware.cards() if marker and device != "cpu" else []
+    if marker and cards:
+        needed = float(marker.kwargs.get("gib", *marker.args))
+        index = int(device.partition(":")[2] or 0) if device != "auto" else 0
+        free_mib = cards[min(index, len(cards) - 1)].free_mib
+        free = needed if free_mib is None else free_mib / 1024  # unknown: let it try
+        if free < needed:
+            pytest.skip(
+                f"needs {needed:g} GiB of free GPU memory; found {free:.1f} GiB. Close what else "
+                "uses the card, choose a smaller --model or fewer bits, or use --device cpu."
+            )
+
+
+# --- gates must run -----------------------------------------------------------------------------
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, Any, Any]:
+    report = yield
+    if call.excinfo is not None and isinstance(call.excinfo.value, OrthoError):
+        # The library's errors explain themselves; a traceback would only hide the explanation.
+        report.longrepr = f"{call.excinfo.typename}: {call.excinfo.value}"
+        if report.when == "setup":
+            item.session.shouldfail = "what the cases share could not be set up"
+    gates = item.config.stash[_GATES_KEY]
+    if item.nodeid in gates:
+        if report.when == "call" and not report.skipped:
+            del gates[item.nodeid]  # it ran: its own outcome counts
+        elif report.skipped:
+            text = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+            gates[item.nodeid] = str(text).removeprefix("Skipped: ")
+        elif report.failed:
+            gates[item.nodeid] = f"failed in {report.when}"
+    return report
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    config = session.config
+    if config.option.collectonly:
+        config.stash[_GATES_KEY].clear()
+        return
+    if config.stash[_GATES_KEY] and exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    run = config.stash[RESULTS_KEY]
+    if run.any:
+        try:
+            run.written = write_results(
+                _results(run, config), config.stash[SETTINGS_KEY].results_dir
+            )
+        except (OSError, ValueError, OrthoError) as error:
+            run.failure = f"the results file was not written: {error}"
+            if session.exitstatus == pytest.ExitCode.OK:
+                session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _results(run: RunResults, config: pytest.Config) -> Results:
+    facts = hardware.cpu_facts()
+    reasons = {}
+    for name, value in (
+        ("exp1_kill_switch", run.kill_switch),
+        ("exp2_null_test", run.null_test),
+    ):
+        if value is None:
+            reasons[name] = "not among the selected cases, or it did not finish"
+    return Results(
+        provenance=collect_provenance(
+            command=("pytest", *config.invocation_params.args),
+            cpu_model=facts.model,
+            cpu_cores=facts.logical_cores,
+            device_name=run.device_name,
+            compute_dtype=run.compute_dtype,
+        ),
+        exp1_kill_switch=run.kill_switch,
+        exp2_null_test=run.null_test,
+        throughput=tuple(run.throughput),
+        reasons=reasons,
+    )
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    gates, run = config.stash[_GATES_KEY], config.stash[RESULTS_KEY]
+    if run.any:
+        terminalreporter.section("libortho")
+        for note in run.notes:
+            terminalreporter.line(f"note: {note}")
+        for line in summary_lines(_results(run, config)):
+            terminalreporter.line(line)
+        terminalreporter.line("")
+        if run.written:
+            terminalreporter.line(f"results: {run.written}")
+        if run.failure:
+            terminalreporter.line(run.failure, red=True)
+    if gates:
+        terminalreporter.section("gates that did not run", red=True)
+        for nodeid, reason in gates.items():
+            terminalreporter.line(f"{nodeid}: {reason}", red=True)
+        terminalreporter.line("A gate that was asked for and did not run is not a passed gate.")
+
+
+# --- fixtures -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def ortho_settings(pytestconfig: pytest.Config) -> Settings:
+    """The settings of this run and their origins."""
+    return pytestconfig.stash[SETTINGS_KEY]
+
+
+@pytest.fixture(scope="session")
+def run_results(pytestconfig: pytest.Config) -> RunResults:
+    """Where cases leave what they measured."""
+    return pytestconfig.stash[RESULTS_KEY]
+
+
+@pytest.fixture(scope="session")
+def ortho_device(ortho_settings: Settings) -> str:
+    """The device of this run: `cpu`, `cuda` or `cuda:N`. Fails if what was asked for isn't there."""
+    asked = ortho_settings.device
+    if asked == "auto":
+        return "cuda" if hardware.cards() and hardware.why_no_gpu() is None else "cpu"
+    if asked != "cpu" and hardware.why_no_gpu():
+        pytest.fail(
+            f"--device {asked}: {hardware.why_no_gpu()}. See python -m libortho check-gpu.",
+            pytrace=False,
+        )
+    return asked
+
+
+@pytest.fixture(scope="session")
+def compute_dtype(ortho_device: str, run_results: RunResults) -> Any:
+    """Type of activations and composed weights, chosen for the device; the reason is noted."""
+    dtype, reason = hardware.default_compute_dtype(ortho_device)
+    run_results.compute_dtype = dtype_name(dtype)
+    run_results.device_name = _device_name(ortho_device)
+    run_results.notes.append(f"computing in {dtype_name(dtype)}: {reason}")
+    return dtype
+
+
+def _device_name(device: str) -> str:
+    if device == "cpu":
+        return "cpu"
+    cards = hardware.cards()
+    index = int(device.partition(":")[2] or 0)
+    return cards[index].name if index < len(cards) else device

@@ -1,0 +1,78 @@
+"""What a model predicts for secrets and for running text, with the right tokens before each one.
+
+Knows causal language models and token ids. Everything that needs a likelihood (tuning,
+extraction, perplexity) takes it from here, so that one position means one thing everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .records import EncodedRecord
+
+
+class SecretLogits(NamedTuple):
+    """Predictions at every secret token of a batch, and nowhere else.
+
+    logits: `[secret tokens, vocabulary]`, in the model's dtype
+    targets: int64 `[secret tokens]`, the secrets' token ids
+    owner: int64 `[secret tokens]`, the record of the batch that each belongs to
+    """
+
+    logits: Tensor
+    targets: Tensor
+    owner: Tensor
+
+
+def hidden_states(model: Any, ids: Tensor) -> Tensor:
+    """Last hidden states `[batch, tokens, hidden]` for token ids `[batch, tokens]`."""
+    ids = ids.to(model.device)
+    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+
+def secret_logits(model: Any, records: Sequence[EncodedRecord]) -> SecretLogits:
+    """One forward pass over a batch of records; the output head sees only what is asked about."""
+    longest = max(len(r.input_ids) for r in records)
+    # Padding on the right needs no mask: causal attention never looks there.
+    ids = torch.tensor([r.input_ids + [0] * (longest - len(r.input_ids)) for r in records])
+    rows = [i for i, r in enumerate(records) for _ in r.input_ids[r.secret_start :]]
+    columns = [t for r in records for t in range(r.secret_start - 1, len(r.input_ids) - 1)]
+    hidden = hidden_states(model, ids)[rows, columns]  # [secret tokens, hidden]
+    targets = [t for r in records for t in r.input_ids[r.secret_start :]]
+    device = hidden.device
+    return SecretLogits(
+        model.get_output_embeddings()(hidden),
+        torch.tensor(targets, device=device),
+        torch.tensor(rows, device=device),
+    )
+
+
+def mean_by_owner(values: Tensor, owner: Tensor, records: int) -> Tensor:
+    """Mean of `values` `[secret tokens]` over each record's tokens, float32 `[records]`."""
+    total = torch.zeros(records, device=values.device).index_add(0, owner, values.float())
+    return total / torch.bincount(owner, minlength=records)
+
+
+def secret_losses(model: Any, records: Sequence[EncodedRecord]) -> Tensor:
+    """Mean nats per secret token of each record, float32 `[len(records)]`."""
+    logits, targets, owner = secret_logits(model, records)
+    losses = F.cross_entropy(logits.float(), targets, reduction="none")
+    return mean_by_owner(losses, owner, len(records))
+
+
+def window_losses(model: Any, windows: Tensor) -> Tensor:
+    """Mean nats per token of each window `[count, length]`, float32 `[count]`.
+
+    A window's first token has nothing before it and is not scored: length - 1 tokens are.
+    """
+    windows = windows.to(model.device)
+    logits = model.get_output_embeddings()(hidden_states(model, windows)[:, :-1])
+    losses = F.cross_entropy(
+        logits.float().flatten(0, 1), windows[:, 1:].flatten(), reduction="none"
+    )
+    return losses.view(windows.shape[0], -1).mean(1)
