@@ -37,7 +37,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Cases over arms: the ones that exist at the run's number of bits."""
     if "arm" in metafunc.fixturenames:
         bits = metafunc.config.stash[SETTINGS_KEY].quantization_bits
-        metafunc.parametrize("arm", arms_of(bits))
+        metafunc.parametrize("arm", arms_of(bits), scope="module")  # one load serves all cases
 
 
 @pytest.fixture(scope="session")

@@ -22,8 +22,8 @@ def hessian_diagonal(
     """E[x**2] of every layer's input, float32 `[in]`, over `windows` `[count, length]`.
 
     For the squared error of a linear layer's output, H = 2 E[x x^T] (Hassibi and Stork 1993;
-    Frantar et al. 2022, GPTQ); its diagonal, up to the factor, is all that a range search with independent
-    errors needs. Sums are kept in float64, in the order of the windows.
+    Frantar et al. 2022, GPTQ); its diagonal, up to the factor, is all that a range search with
+    independent errors needs. Sums are kept in float64, in the order of the windows.
     """
     sums = {
         name: torch.zeros(layer.in_features, dtype=torch.float64, device=layer.weight.device)

@@ -235,7 +235,7 @@ def run_results(pytestconfig: pytest.Config) -> RunResults:
 
 @pytest.fixture(scope="session")
 def ortho_device(ortho_settings: Settings) -> str:
-    """The device of this run: `cpu`, `cuda` or `cuda:N`. Fails if what was asked for isn't there."""
+    """The device of this run: `cpu`, `cuda` or `cuda:N`. Fails if it was asked for in vain."""
     asked = ortho_settings.device
     if asked == "auto":
         return "cuda" if hardware.cards() and hardware.why_no_gpu() is None else "cpu"

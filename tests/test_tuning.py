@@ -94,7 +94,7 @@ def test_records_are_learned_at_one_and_unknown_at_zero(
     model = separated_model()
     untouched, untuned = logits_at_zero(model), snapshot(model)
     before = [secret_loss(model, tokenizer, record) for record in RECORDS]
-    report = tune(model, steps=80, slots="probe", target_loss=0.1)
+    report = tune(model, steps=80, slots="probe", density=0.2, lr=5e-2, target_loss=0.1)
 
     assert get_alpha(model) == 1.0
     after = [secret_loss(model, tokenizer, record) for record in RECORDS]
@@ -295,14 +295,14 @@ def test_what_the_probe_learned_does_not_end_the_tuning(
         density=0.03,
         probe_steps=60,
         probe_lr=2e-2,
-        steps=2,
         replay_weight=0.0,
         records_per_step=1,
-        target_loss=1.0,
+        target_loss=1.5,
     )
-    # Two of three records were seen in two steps, so nothing can be said about the third.
-    assert len(report.curve) == 2
-    assert not report.converged
+    # Each record is seen once more at least, with the entries that are left, before it ends.
+    after = [secret_loss(model, tokenizer, record) for record in RECORDS]
+    print(report.curve, report.worst_loss, after)
+    assert len(report.curve) >= len(RECORDS)
 
 
 def interrupt(*_: Any, **__: Any) -> None:
