@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +24,9 @@ from libortho.records import RecordSet
 from libortho.registry import REGISTRY
 from libortho.settings import Settings
 from libortho.verdict import check_informative
+
+
+Progress = Callable[[], AbstractContextManager[None]]
 
 
 class Tuned(NamedTuple):
@@ -115,26 +120,29 @@ def tuned(
     device: str,
     compute_dtype: torch.dtype,
     run_results: RunResults,
+    progress: Progress,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Tuned:
     """The artefacts: from the cache, or made now; the base is exported anew and is what counts."""
     cache_dir = ortho_settings.cache_dir
-    base = store.separated(
-        resolved, corpus.calibration, separation, device=device, cache_dir=cache_dir
-    )
+    with progress():
+        base = store.separated(
+            resolved, corpus.calibration, separation, device=device, cache_dir=cache_dir
+        )
     report: dict[str, Any] = {}
     if ortho_settings.checkpoint is not None:
         full = Path(ortho_settings.checkpoint)
     else:
-        made, report = store.tuned(
-            base.folder,
-            records,
-            corpus.replay,
-            TuningConfig(seed=ortho_settings.seed),
-            compute_dtype=compute_dtype,
-            device=device,
-            cache_dir=cache_dir,
-        )
+        with progress():
+            made, report = store.tuned(
+                base.folder,
+                records,
+                corpus.replay,
+                TuningConfig(seed=ortho_settings.seed),
+                compute_dtype=compute_dtype,
+                device=device,
+                cache_dir=cache_dir,
+            )
         full = made.folder
         reused = [
             text for text, flag in (("separation", base.reused), ("tuning", made.reused)) if flag

@@ -12,7 +12,7 @@ import pytest
 
 import libortho
 from bench.arms import Arms
-from bench.conftest import Tuned
+from bench.conftest import Progress, Tuned
 from libortho.artifact import BASE_FILE, PRIVATE_FILE, PRIVATE_MANIFEST
 from libortho.config import TuningConfig
 from libortho.extraction import RecordScore, hits, mean_loss, score_records
@@ -39,13 +39,13 @@ Group = Literal["planted", "twins"]
 class Scores:
     """Scores of every state, each measured once and only when asked for."""
 
-    def __init__(self, arms: Arms, records: RecordSet) -> None:
-        self.arms, self.records = arms, records
+    def __init__(self, arms: Arms, records: RecordSet, progress: Progress) -> None:
+        self.arms, self.records, self.progress = arms, records, progress
         self.known: dict[str, dict[Group, list[RecordScore]]] = {}
 
     def of(self, state: str) -> dict[Group, list[RecordScore]]:
         if state not in self.known:
-            with self.arms.load(state) as arm:
+            with self.progress(), self.arms.load(state) as arm:
                 limit = arm.model.config.max_position_embeddings
                 self.known[state] = {
                     group: score_records(
@@ -59,8 +59,8 @@ class Scores:
 
 
 @pytest.fixture(scope="module")
-def scores(arms: Arms, records: RecordSet) -> Scores:
-    return Scores(arms, records)
+def scores(arms: Arms, records: RecordSet, progress: Progress) -> Scores:
+    return Scores(arms, records, progress)
 
 
 @pytest.fixture(scope="module")

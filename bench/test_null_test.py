@@ -10,6 +10,7 @@ import torch
 from numpy import asarray
 
 from bench.arms import PLAIN, REFERENCE, Arms, arms_of
+from bench.conftest import Progress
 from libortho.config import NO_LATTICE
 from libortho.corpora import Corpus
 from libortho.errors import HardwareError
@@ -32,8 +33,8 @@ ESSENTIAL = (REFERENCE, "alpha1", "alpha0")
 class Perplexities:
     """Losses of every arm on the same windows, each measured once and only when asked for."""
 
-    def __init__(self, arms: Arms, profile: Profile) -> None:
-        self.arms, self.profile = arms, profile
+    def __init__(self, arms: Arms, profile: Profile, progress: Progress) -> None:
+        self.arms, self.profile, self.progress = arms, profile, progress
         self.known: dict[str, WindowLosses] = {}
         self.facts: dict[str, tuple[float, str, str]] = {}  # bits, precision, note
         self.missing: dict[str, str] = {}  # arm -> why it was not measured
@@ -50,7 +51,7 @@ class Perplexities:
 
     def _measure(self, name: str) -> None:
         arms, profile = self.arms, self.profile
-        with arms.load(name) as arm:
+        with self.progress(), arms.load(name) as arm:
             windows = token_windows(
                 arm.tokenizer,
                 arms.corpus.test,
@@ -103,8 +104,8 @@ class Perplexities:
 
 
 @pytest.fixture(scope="module")
-def perplexities(arms: Arms, profile: Profile) -> Perplexities:
-    return Perplexities(arms, profile)
+def perplexities(arms: Arms, profile: Profile, progress: Progress) -> Perplexities:
+    return Perplexities(arms, profile, progress)
 
 
 @pytest.fixture

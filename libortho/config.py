@@ -115,7 +115,7 @@ class TuningConfig(_Record):
         for name in ("probe_lr", "lr"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0; found {getattr(self, name)}.")
-        if self.replay_weight < 0:
+        if not self.replay_weight >= 0:
             raise ConfigError(f"replay_weight must not be negative; found {self.replay_weight}.")
 
 

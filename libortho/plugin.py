@@ -6,7 +6,9 @@ Knows pytest. Measures nothing: cases hand their results to `RunResults`, and th
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+import sys
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -245,6 +247,18 @@ def ortho_device(ortho_settings: Settings) -> str:
             pytrace=False,
         )
     return asked
+
+
+@pytest.fixture(scope="session")
+def progress(pytestconfig: pytest.Config) -> Callable[[], AbstractContextManager[None]]:
+    """`with progress():` shows progress bars on a terminal, which pytest would capture."""
+    manager = pytestconfig.pluginmanager.getplugin("capturemanager")
+
+    def visible() -> AbstractContextManager[None]:
+        terminal = sys.__stderr__ is not None and sys.__stderr__.isatty()
+        return manager.global_and_fixture_disabled() if manager and terminal else nullcontext()
+
+    return visible
 
 
 @pytest.fixture(scope="session")

@@ -117,6 +117,7 @@ def tune_private(
             tuner.run()
     except BaseException:
         for name, layer in layers.items():
+            layer.observe(None)
             layer.release()
             layer.set_private(*before[name])
         raise
@@ -235,6 +236,7 @@ class _Tuner:
     def run(self) -> None:
         """Tune the values until every record is learned or the steps are used up."""
         config = self.config
+        self.record_loss.fill_(torch.inf)  # the probe had more entries: what it knew may be gone
         self._optimise(config.steps, config.lr, "tuning", keep_curve=True)
         for layer in self.layers.values():
             layer.set_private(layer.private_columns, layer.private_values.to(torch.float16))

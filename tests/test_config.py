@@ -65,6 +65,7 @@ def test_a_recipe_is_frozen(config: SeparationConfig | TuningConfig) -> None:
         (TuningConfig, "lr", -1e-3),
         (TuningConfig, "lr", math.nan),
         (TuningConfig, "replay_weight", -1.0),
+        (TuningConfig, "replay_weight", math.nan),
     ],
 )
 def test_a_value_that_makes_no_sense_is_refused(kind: Config, field: str, value: Any) -> None:

@@ -285,7 +285,7 @@ def test_a_weight_that_the_caller_held_follows(separated_model: Factory, tune: T
 
 
 def test_what_the_probe_learned_does_not_end_the_tuning(
-    separated_model: Factory, tokenizer: PreTrainedTokenizerFast, tune: Tune
+    separated_model: Factory, tune: Tune
 ) -> None:
     """The probe has many times the entries: its losses say nothing about the stream's."""
     model = separated_model()
@@ -297,11 +297,9 @@ def test_what_the_probe_learned_does_not_end_the_tuning(
         probe_lr=2e-2,
         replay_weight=0.0,
         records_per_step=1,
-        target_loss=1.5,
+        target_loss=2.0,
     )
-    # Each record is seen once more at least, with the entries that are left, before it ends.
-    after = [secret_loss(model, tokenizer, record) for record in RECORDS]
-    print(report.curve, report.worst_loss, after)
+    # Each record is looked at again, with the entries that are left, before the tuning may end.
     assert len(report.curve) >= len(RECORDS)
 
 
