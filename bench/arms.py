@@ -6,11 +6,11 @@ it frees what it took.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -37,6 +37,18 @@ def arms_of(bits: int) -> list[str]:
     """The arms of experiment 2 at so many bits: without a lattice there is nothing to round."""
     plain = [] if bits == NO_LATTICE else [PLAIN]
     return [REFERENCE, "alpha1", "alpha0", *plain, *PEER_OF_BITS[bits]]
+
+
+Progress = Callable[[], AbstractContextManager[None]]
+
+
+class Tuned(NamedTuple):
+    """A separated model before and after tuning, and what alpha = 0 is when it is handed out."""
+
+    base: Path
+    full: Path
+    exported: Path
+    report: dict[str, Any]
 
 
 @dataclass

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 
 import libortho
-from bench.arms import Arms, arms_of
+from bench.arms import Arms, Progress, Tuned, arms_of
 from libortho import hardware, profiles, store
 from libortho.artifact import BASE_MANIFEST
 from libortho.config import SeparationConfig, TuningConfig
@@ -24,18 +22,6 @@ from libortho.records import RecordSet
 from libortho.registry import REGISTRY
 from libortho.settings import Settings
 from libortho.verdict import check_informative
-
-
-Progress = Callable[[], AbstractContextManager[None]]
-
-
-class Tuned(NamedTuple):
-    """A separated model before and after tuning, and what alpha = 0 is when it is handed out."""
-
-    base: Path
-    full: Path
-    exported: Path
-    report: dict[str, Any]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -11,8 +11,7 @@ from typing import Any, Literal
 import pytest
 
 import libortho
-from bench.arms import Arms
-from bench.conftest import Progress, Tuned
+from bench.arms import Arms, Progress, Tuned
 from libortho.artifact import BASE_FILE, PRIVATE_FILE, PRIVATE_MANIFEST
 from libortho.config import TuningConfig
 from libortho.extraction import RecordScore, hits, mean_loss, score_records

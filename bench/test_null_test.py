@@ -9,8 +9,7 @@ import pytest
 import torch
 from numpy import asarray
 
-from bench.arms import PLAIN, REFERENCE, Arms, arms_of
-from bench.conftest import Progress
+from bench.arms import PLAIN, REFERENCE, Arms, Progress, arms_of
 from libortho.config import NO_LATTICE
 from libortho.corpora import Corpus
 from libortho.errors import HardwareError
