@@ -15,6 +15,7 @@ from libortho import hardware, profiles, store
 from libortho.artifact import BASE_MANIFEST
 from libortho.config import SeparationConfig, TuningConfig
 from libortho.corpora import Corpus
+from libortho.errors import RecordError
 from libortho.models import ResolvedModel, native_grid, resolve_model
 from libortho.plugin import SETTINGS_KEY, RunResults
 from libortho.profiles import Profile
@@ -72,7 +73,14 @@ def corpus(ortho_settings: Settings) -> Corpus:
 def records(ortho_settings: Settings, profile: Profile, corpus: Corpus) -> RecordSet:
     """Planted records and their twins: the user's, or codes and passages."""
     if ortho_settings.records is not None:
-        return libortho.load_records(ortho_settings.records, seed=ortho_settings.seed)
+        given = libortho.load_records(ortho_settings.records, seed=ortho_settings.seed)
+        if len(given.planted) < 2 or not given.twins:
+            raise RecordError(
+                f"{Path(ortho_settings.records).name} has {len(given.planted)} planted records and "
+                f"{len(given.twins)} twins. Intervals need at least 2 records and a twin; a ratio "
+                "of 8 needs 28."
+            )
+        return given
     n = ortho_settings.canaries or profile.canaries_per_family
     return libortho.make_default_records(n, ortho_settings.seed, corpus.passages)
 
