@@ -36,8 +36,8 @@ def _conditions(run: Results) -> str:
     assert result is not None
     return (
         f"`{result.model}` on {where.cpu_cores} cores of an {where.cpu_model}, "
-        f"{where.compute_dtype} compute, torch {where.torch}, transformers {where.transformers}, bitsandbytes "
-        f"{where.bitsandbytes}, {where.timestamp_utc[:10]}; files and commands in "
+        f"{where.compute_dtype} compute, torch {where.torch}, transformers {where.transformers}, "
+        f"bitsandbytes {where.bitsandbytes}, {where.timestamp_utc[:10]}; files and commands in "
         "[bench/results](bench/results)."
     )
 
@@ -105,7 +105,8 @@ def _throughput(run: Results) -> str:
     rates = {(r.arm, r.phase): r for r in run.throughput}
     lines = [
         "Throughput at batch 1 on that CPU: prefill of 512 tokens, `generate` of 16 tokens after "
-        "16. Our arms hold their composed weights in memory here, as large as the unquantised ones.",
+        "16. Our arms hold their composed weights in memory here, as large as the unquantised "
+        "ones.",
         "",
         "| | prefill, tokens/s | decode, tokens/s |",
         "|---|---|---|",

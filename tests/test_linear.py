@@ -178,6 +178,7 @@ def test_a_held_weight_follows_a_new_stream() -> None:
     layer.hold(torch.float32)
     columns = stream.select(torch.rand(12, 80, generator=torch.Generator().manual_seed(5)), 2)
     layer.set_private(columns, torch.ones(2, 12).half())
+    assert layer._held is not None
     assert torch.equal(layer.composed(torch.float32), layer.effective_weight())
     layer.private_values.fill_(2.0)
     layer.refresh()
@@ -233,6 +234,7 @@ def test_a_change_of_dtype_rounds_nothing_that_is_stored(convert: str) -> None:
         assert after.dtype == before.dtype, name
         assert torch.equal(after, before), name
     # What was held belongs to the former type.
+    assert layer._held is None
     x = inputs(layer, MANY, dtype=model[1].weight.dtype)
     layer.set_alpha(0.0)
     assert torch.equal(layer(x), F.linear(x, layer.public_weight(x.dtype), layer.bias))

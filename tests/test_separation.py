@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tokenizers import Tokenizer, processors
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -37,6 +38,19 @@ def test_documents_are_joined_without_special_tokens(
     ids = tokenize(tokenizer, public_text[:2])
     assert ids.dtype == torch.int64
     assert tokenizer.decode(ids) == SEPARATOR.join(public_text[:2])
+
+
+def test_a_tokenizer_that_opens_texts_does_not_open_windows(
+    tokenizer: PreTrainedTokenizerFast, public_text: list[str]
+) -> None:
+    opening = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    end = tokenizer.eos_token
+    opening.post_processor = processors.TemplateProcessing(
+        single=f"{end} $A", special_tokens=[(end, tokenizer.eos_token_id)]
+    )
+    with_opening = PreTrainedTokenizerFast(tokenizer_object=opening, eos_token=end)
+    assert with_opening("a")["input_ids"][0] == tokenizer.eos_token_id
+    assert torch.equal(tokenize(with_opening, public_text), tokenize(tokenizer, public_text))
 
 
 @pytest.mark.parametrize("count", [1, 3, 7])

@@ -169,6 +169,33 @@ def test_the_ways_to_choose_slots_choose_differently(separated_model: Factory, t
     assert len(set(chosen.values())) == 4
 
 
+def test_the_probe_keeps_the_entries_that_moved_most(
+    separated_model: Factory, tune: Tune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, generator = separated_model(), torch.Generator().manual_seed(4)
+    seen: list[dict[str, tuple[Tensor, Tensor]]] = []
+
+    def step(self: torch.optim.Adam, closure: Any = None) -> None:
+        layers = ortho_layers(model)
+        for layer in layers.values():
+            if not seen:  # the probe's only step moves its candidates at random
+                noise = torch.randn(layer.private_values.shape, generator=generator)
+                layer.private_values.copy_(noise)
+        seen.append(
+            {n: (la.private_columns, la.private_values.clone()) for n, la in layers.items()}
+        )
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    tune(model, slots="probe", probe_steps=1, steps=1)
+    probed, kept = seen
+    for name, (columns, values) in probed.items():
+        dense = torch.zeros(columns.shape[1], 80)
+        stream.scatter(dense, columns, values)
+        k = kept[name][0].shape[0]
+        assert k < columns.shape[0]
+        assert torch.equal(kept[name][0], stream.select(dense.abs(), k)), name
+
+
 def test_the_slots_by_gradient_are_those_of_the_dense_gradient(
     tiny_model: Factory,
     separated_model: Factory,

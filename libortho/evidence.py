@@ -1,0 +1,146 @@
+"""Evidence: everything that one batched forward pass says about a record.
+
+Knows models and encoded records. It knows no text, judges nothing and compares nothing: scores are
+`membership`'s, verdicts are `audit`'s.
+
+Evidence is as confidential as the secrets. Under a public model the exact log-probability of a
+token, or its rank, tells which token it was; so evidence stays in memory, and results carry what
+is computed from many records.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import find_executable_batch_size
+from torch import Tensor
+from tqdm import tqdm
+
+from libortho.records import EncodedRecord
+from libortho.scoring import secret_logits
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What one model predicts at the secret tokens of one record; `repr` shows no prediction.
+
+    The four tuples have one value a secret token. Two pieces of evidence are equal if and only if
+    every value is, bit by bit.
+
+    planted: whether the record was trained into the private stream; False for a twin
+    token_logprobs: log-probability of the true token, given the true tokens before it, nats
+    ranks: how many tokens the model puts before the true one; 0 = it is the argmax
+    means: mean of the log-probability under the model's own distribution, nats (minus the entropy)
+    deviations: standard deviation of the same, nats
+    zlib_bytes: compressed size of the secret's text, see `compressed_bytes`
+
+    Raises:
+        ValueError: no token, tuples of different lengths, a negative rank, or `zlib_bytes` < 1.
+    """
+
+    id: str
+    family: str
+    planted: bool
+    token_logprobs: tuple[float, ...] = field(repr=False)
+    ranks: tuple[int, ...] = field(repr=False)
+    means: tuple[float, ...] = field(repr=False)
+    deviations: tuple[float, ...] = field(repr=False)
+    zlib_bytes: int
+
+    def __post_init__(self) -> None:
+        """Refuse evidence that contradicts itself."""
+        lengths = [
+            len(v) for v in (self.token_logprobs, self.ranks, self.means, self.deviations)
+        ]
+        if lengths[0] == 0 or len(set(lengths)) > 1:
+            raise ValueError(f"evidence needs one value of each kind per token, found {lengths}")
+        if min(self.ranks) < 0 or self.zlib_bytes < 1:
+            raise ValueError("ranks start at 0 and no text compresses to less than one byte")
+
+    @property
+    def tokens(self) -> int:
+        """Number of secret tokens."""
+        return len(self.token_logprobs)
+
+
+def compressed_bytes(text: str) -> int:
+    """Size of a text after zlib at its default level, bytes; the empty text takes 8."""
+    return len(zlib.compress(text.encode()))
+
+
+@torch.inference_mode()
+def collect(
+    model: Any,
+    encoded: Sequence[EncodedRecord],
+    *,
+    planted: bool,
+    zlib_bytes: Sequence[int],
+    batch_size: int = 8,
+    title: str = "collecting evidence",
+) -> list[Evidence]:
+    """Evidence of each record in its order, one forward pass a batch. Out of memory halves it.
+
+    Args:
+        model: a causal language model in the state that is examined.
+        encoded: the records, all planted or all twins.
+        planted: which of the two they are.
+        zlib_bytes: for each record the compressed size of its secret's text.
+        batch_size: records a forward pass, to begin with.
+        title: what the progress bar says.
+
+    Raises:
+        ValueError: `zlib_bytes` and `encoded` differ in length.
+    """
+    if len(zlib_bytes) != len(encoded):
+        raise ValueError(
+            f"one compressed size per record is needed: found {len(zlib_bytes)} for {len(encoded)}"
+        )
+
+    @find_executable_batch_size(starting_batch_size=batch_size)  # type: ignore[untyped-decorator]
+    def run(size: int) -> list[Evidence]:
+        evidence: list[Evidence] = []
+        starts = range(0, len(encoded), size)
+        for start in tqdm(starts, desc=title, unit="batch", disable=None, leave=False):
+            batch = encoded[start : start + size]
+            logits, targets, _ = secret_logits(model, batch)
+            values = [v.tolist() for v in _predictions(logits, targets)]
+            first = 0
+            for record, size_bytes in zip(batch, zlib_bytes[start : start + size], strict=True):
+                last = first + len(record.input_ids) - record.secret_start
+                logprobs, ranks, means, deviations = (tuple(v[first:last]) for v in values)
+                evidence.append(
+                    Evidence(
+                        record.id,
+                        record.family,
+                        planted,
+                        logprobs,
+                        ranks,
+                        means,
+                        deviations,
+                        size_bytes,
+                    )
+                )
+                first = last
+        return evidence
+
+    return run()
+
+
+def _predictions(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probabilities, ranks, means and deviations, each `[tokens]`, of logits `[tokens, V]`."""
+    target_logits = logits.gather(-1, targets[:, None])
+    ranks = (logits > target_logits).sum(-1)
+    # In half precision the largest logit is often shared; greedy decoding takes one of them.
+    ranks[(ranks == 0) & (logits.argmax(-1) != targets)] = 1
+    logprobs = logits.float().log_softmax(-1)
+    probabilities = logprobs.exp()
+    # A token of probability 0 has log-probability -inf and adds nothing.
+    logprobs_or_zero = logprobs.masked_fill(probabilities == 0, 0.0)
+    means = (probabilities * logprobs_or_zero).sum(-1)
+    variances = (probabilities * (logprobs_or_zero - means[:, None]).square()).sum(-1)
+    token_logprobs = logprobs.gather(-1, targets[:, None]).squeeze(-1)
+    return token_logprobs, ranks, means, variances.sqrt()
