@@ -7,6 +7,7 @@ outcome is here, and nothing that can't.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
@@ -34,6 +35,16 @@ class _Record:
                 f"{cls.__name__} has no field {', '.join(unknown)}; it was probably written by a "
                 "newer libortho: upgrade to read it."
             )
+        for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+            value = fields.get(field.name, field.default)
+            kinds = (int, float) if isinstance(field.default, float) else type(field.default)
+            if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(
+                field.default, bool
+            ):
+                raise ConfigError(
+                    f"{cls.__name__}.{field.name} must be a {type(field.default).__name__}; found "
+                    f"{value!r}."
+                )
         return cls(**fields)
 
 
@@ -86,7 +97,7 @@ class TuningConfig(_Record):
     replay_window: tokens of public text a step
     records_per_step: records in a step
     target_loss: mean nats per secret token of the worst record at which tuning ends
-    seed: order of records and of replay windows, and random slots
+    seed: order of records, and random slots
     """
 
     density: float = 0.01
@@ -112,11 +123,19 @@ class TuningConfig(_Record):
         for name in ("probe_steps", "steps", "replay_window", "records_per_step"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1; found {getattr(self, name)}.")
+        if not 0 <= self.target_loss < math.inf:
+            raise ConfigError(
+                f"target_loss must be finite and not negative; found {self.target_loss}."
+            )
         for name in ("probe_lr", "lr"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be above 0; found {getattr(self, name)}.")
-        if not self.replay_weight >= 0:
-            raise ConfigError(f"replay_weight must not be negative; found {self.replay_weight}.")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(
+                    f"{name} must be finite and above 0; found {getattr(self, name)}."
+                )
+        if not 0 <= self.replay_weight < math.inf:
+            raise ConfigError(
+                f"replay_weight must be finite and not negative; found {self.replay_weight}."
+            )
 
 
 def _check_share(name: str, value: float) -> None:

@@ -53,9 +53,7 @@ class Evidence:
 
     def __post_init__(self) -> None:
         """Refuse evidence that contradicts itself."""
-        lengths = [
-            len(v) for v in (self.token_logprobs, self.ranks, self.means, self.deviations)
-        ]
+        lengths = [len(v) for v in (self.token_logprobs, self.ranks, self.means, self.deviations)]
         if lengths[0] == 0 or len(set(lengths)) > 1:
             raise ValueError(f"evidence needs one value of each kind per token, found {lengths}")
         if min(self.ranks) < 0 or self.zlib_bytes < 1:

@@ -186,7 +186,7 @@ class OrthoLinear(nn.Module):
         Raises `ShapeError` for anything malformed; the layer is unchanged then.
         """
         stream.check(columns, values, self.in_features, self.out_features, "private stream")
-        held_dtype = None if self._held is None else self._held.dtype
+        held_dtype = self.held_dtype
         self.release()
         self.private_columns, self.private_values = columns, values
         if held_dtype is not None:
@@ -220,6 +220,11 @@ class OrthoLinear(nn.Module):
         self._held_public = stream.gather(public, self.private_columns)
         self._held = public.to(dtype, copy=True)
         self.refresh()
+
+    @property
+    def held_dtype(self) -> torch.dtype | None:
+        """The dtype of the held weight, or None if none is held."""
+        return None if self._held is None else self._held.dtype
 
     def release(self) -> None:
         """Drop what `hold` keeps."""

@@ -33,6 +33,8 @@ DISCOVERY_DRAWS = 1000
 # Least standard deviation that min-k %++ divides by, nats: of a point mass it would be 0.
 _LEAST_DEVIATION = 1e-6
 
+_ROOT_STEP = 1e-12
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -118,19 +120,17 @@ def discovery_probability(evidence: Evidence, draws: int = DISCOVERY_DRAWS) -> f
 
     p is the secret's probability, and samples are drawn from the whole distribution at temperature
     1. A secret is (n, p)-discoverably extractable if this is at least p for n draws (Hayes et al.,
-    "Measuring memorization in language models via probabilistic extraction", 2025).
+    "Measuring memorization in language models via probabilistic extraction", 2024).
 
     Raises:
         ValueError: `draws` < 1.
     """
     if draws < 1:
         raise ValueError(f"at least one draw is needed, found {draws}")
-    missed = -math.expm1(min(total_logprob(evidence), 0.0))  # 1 - p
-    if missed == 0:
+    probability = math.exp(total_logprob(evidence))
+    if probability >= 1:
         return 1.0
-    # Where p is far below the resolution of 1 - p, the log of 1 - p is -p.
-    log_missed = math.log1p(-math.exp(min(total_logprob(evidence), 0.0)))
-    return -math.expm1(draws * log_missed)
+    return -math.expm1(draws * math.log1p(-probability))  # exact where 1 - p would round to 1
 
 
 def exposure(secret_loss: float, reference_losses: ArrayLike) -> float:
@@ -190,8 +190,9 @@ def attack_auc(planted: ArrayLike, twins: ArrayLike, confidence: float = 0.95) -
         spread = 1 + pairs * ((1 - theta) / (2 - theta) + theta / (1 + theta))
         return abs(auc - theta) - critical * math.sqrt(theta * (1 - theta) * spread / (n * m))
 
-    low = brentq(excess, 0.0, auc) if auc > 0 else 0.0
-    high = brentq(excess, auc, 1.0) if auc < 1 else 1.0
+    # At an AUC of 0 or 1 the estimate itself is a second root: step off it.
+    low = brentq(excess, 0.0, auc - _ROOT_STEP) if auc > 0 else 0.0
+    high = brentq(excess, auc + _ROOT_STEP, 1.0) if auc < 1 else 1.0
     return Estimate(auc, Interval(float(low), float(high), confidence))
 
 

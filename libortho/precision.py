@@ -1,4 +1,4 @@
-"""Run a model in another floating-point type for a while, and give it back bit for bit.
+"""Run a model in another type or mode for a while, and give it back as it was, bit for bit.
 
 Knows torch modules only. Parameters are converted; buffers are not, because the ones that
 matter (rotary frequencies, the streams) lose positions or records when they are rounded.
@@ -26,6 +26,18 @@ def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
     finally:
         for parameter, data in originals:
             parameter.data = data
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """Switch dropout and the like off inside the block: what follows must be deterministic."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module in training:
+            module.training = True
 
 
 def dtype_name(dtype: torch.dtype) -> str:

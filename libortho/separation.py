@@ -12,12 +12,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from . import stream
 from .calibration import hessian_diagonal
 from .config import NO_LATTICE, SeparationConfig
 from .errors import SeparationError, ShapeError
 from .lattice import check_weight
 from .linear import OrthoLinear
 from .models import linear_layers
+from .precision import evaluating
 from .windows import token_windows
 
 SEPARATION, TOKENIZER = "ortho_separation", "ortho_tokenizer"
@@ -39,8 +41,9 @@ def separate(
 
     Peak memory is the model plus one layer's temporaries: each layer is freed as soon as it is
     packed. The outcome is a deterministic function of the weights, the text and the config.
-    Returns the model. Raises `SeparationError` if it is separated already, `ShapeError` for weights
-    that are not finite; nothing is changed in these cases.
+    Returns the model. Raises `SeparationError` if it is separated already, has weights that are not
+    finite or a layer too wide for a stream, and `CorpusError` if the text is too short; nothing is
+    changed in these cases.
     """
     config = config or SeparationConfig()
     if any(isinstance(module, OrthoLinear) for module in model.modules()):
@@ -49,8 +52,9 @@ def separate(
     for name, layer in layers.items():
         try:
             check_weight(layer.weight.detach(), f"{name}.weight")
+            stream.slots_per_row(layer.in_features, config.residual_density)
         except ShapeError as error:
-            raise SeparationError(str(error)) from error
+            raise SeparationError(f"{name}: {error}") from error
     if config.bits != NO_LATTICE and (config.search or config.residual_density):
         windows = token_windows(
             tokenizer,
@@ -58,7 +62,8 @@ def separate(
             count=config.calibration_tokens // config.calibration_window,
             length=config.calibration_window,
         )
-        importance = hessian_diagonal(model, layers, windows)
+        with evaluating(model):
+            importance = hessian_diagonal(model, layers, windows)
     else:  # nothing in this recipe weighs errors
         importance = {n: torch.ones_like(la.weight[0]) for n, la in layers.items()}
     for name in tqdm(list(layers), desc="separating", unit="layer", disable=None, leave=False):

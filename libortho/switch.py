@@ -62,14 +62,17 @@ def dense_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
     those of the packed layers on inputs of that dtype. alpha can be switched inside.
     """
     layers = ortho_layers(model).values()
-    fresh = [layer for layer in layers if layer._held is None]
+    before = {layer: layer.held_dtype for layer in layers}
     try:
-        for layer in fresh:
+        for layer in layers:
             layer.hold(dtype)
         yield model
     finally:
-        for layer in fresh:
-            layer.release()
+        for layer, former in before.items():
+            if former is None:
+                layer.release()
+            else:
+                layer.hold(former)
 
 
 def bits_per_linear_weight(model: nn.Module, *, private: bool = True) -> float:

@@ -6,6 +6,7 @@ stream's values alone; what is held of the dense weights is one composed copy, t
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,7 +21,7 @@ from . import stream
 from .config import TuningConfig
 from .errors import RecordError
 from .linear import OrthoLinear
-from .precision import computing_in, dtype_name
+from .precision import computing_in, dtype_name, evaluating
 from .records import EncodedRecord, Record, encode
 from .scoring import hidden_states, secret_losses
 from .switch import alpha, dense_weights, ortho_layers
@@ -109,6 +110,7 @@ def tune_private(
             layer.set_private(*_empty(layer))
         with (
             alpha(model, 1.0),
+            evaluating(model),
             computing_in(model, compute_dtype),
             dense_weights(model, compute_dtype),
         ):
@@ -145,6 +147,8 @@ class _Tuner:
         self.encoded, self.windows = encoded, windows
         self.began = began
         self.generator = torch.Generator().manual_seed(config.seed)
+        # No window of public text is seen twice, unless there is too little of it.
+        self.fresh = itertools.cycle(range(len(windows)))
         self.curve: list[StepLoss] = []
         self.record_loss = torch.full((len(encoded),), torch.inf)
         self.slots_seconds = 0.0
@@ -260,7 +264,7 @@ class _Tuner:
                 losses.mean().backward()
                 divergence = 0.0
                 if config.replay_weight:
-                    kl = self._replay_kl(step % len(self.windows))
+                    kl = self._replay_kl(next(self.fresh))
                     (config.replay_weight * kl).backward()
                     divergence = float(kl.detach())
                 torch.nn.utils.clip_grad_norm_(values, CLIP)
@@ -314,7 +318,8 @@ class _Tuner:
 def _replay_windows(tokenizer: Any, replay: Sequence[str], config: TuningConfig) -> Tensor:
     if not config.replay_weight:
         return torch.zeros(0, config.replay_window, dtype=torch.int64)
-    return token_windows(tokenizer, replay, count=config.steps, length=config.replay_window)
+    count = config.steps + (config.probe_steps if config.slots == "probe" else 0)
+    return token_windows(tokenizer, replay, count=count, length=config.replay_window, fewer=True)
 
 
 def _accumulate(layer: OrthoLinear) -> Any:

@@ -25,13 +25,18 @@ def tokenize(tokenizer: Any, documents: Iterable[str]) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def token_windows(tokenizer: Any, documents: Iterable[str], *, count: int, length: int) -> Tensor:
+def token_windows(
+    tokenizer: Any, documents: Iterable[str], *, count: int, length: int, fewer: bool = False
+) -> Tensor:
     """`count` windows of `length` tokens, int64 `[count, length]`, spread evenly over the text.
 
-    Windows never overlap. Raises `CorpusError` if the text is too short for that many.
+    Windows never overlap. Raises `CorpusError` if the text is too short for that many, or, with
+    `fewer`, for a single one.
     """
     ids = tokenize(tokenizer, documents)
     available = len(ids) // length
+    if fewer and available:
+        count = min(count, available)
     if available < count:
         raise CorpusError(
             f"the text gives {available} windows of {length} tokens ({len(ids)} tokens in all) and "

@@ -10,7 +10,6 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,7 +83,16 @@ class World:
             "device": "cpu",
         }
         given = [f"--{name}={value}" for name, value in options.items()]
-        command = [sys.executable, "-m", "pytest", "bench", "-m", "gtx4050", "-p", "no:cacheprovider"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "bench",
+            "-m",
+            "gtx4050",
+            "-p",
+            "no:cacheprovider",
+        ]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("LIBORTHO")}
         done = subprocess.run(
             [*command, *given, *arguments],
@@ -104,9 +112,7 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(
-    tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
-) -> World:
+def world(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> World:
     folder = tmp_path_factory.mktemp("world")
     trained(tokenizer).save_pretrained(folder / "tiny")
     tokenizer.save_pretrained(folder / "tiny")
@@ -122,10 +128,13 @@ def world(
 
 def test_x(world: World) -> None:
     import time
-    t=time.time()
+
+    t = time.time()
     code, text = world.run()
-    print(text); print(code, time.time()-t)
-    t=time.time()
-    code, text = world.run("--experiment=1","-k","gate or extraction")
-    print(text); print(code, time.time()-t)
+    print(text)
+    print(code, time.time() - t)
+    t = time.time()
+    code, text = world.run("--experiment=1", "-k", "gate or extraction")
+    print(text)
+    print(code, time.time() - t)
     assert 0

@@ -1,0 +1,257 @@
+"""The off state against the never-trained model: every test that an audit makes, and its power.
+
+Pure functions from evidence to findings. They know what was measured; what a finding amounts to is
+`audit`'s. Both models score the same records, so each record is its own control: a record's *gain*
+is its score under the off state minus its score under the never-trained model. Three questions:
+
+membership: are the gains of planted records those of twins? Twins and planted records were told
+    apart by chance alone, so any difference is knowledge of who was planted: a difference in
+    differences, tested two-sided by Mann and Whitney's ranks for each score and family, and once
+    more over all families by ranks within them.
+outlier: has one planted record gained far more than any twin? Ranks can't see a few records. If
+    the never-trained model is calibrated, Markov's inequality gives a gain of t nats a probability
+    of at most e^-t when nothing leaks, so gains have at most an exponential upper tail of 1 nat, or
+    of the twins' standard deviation where that is larger. The largest of n such gains exceeds the
+    largest of m others by t with probability 1 / (1 + m / n * e^(t / scale)).
+agreement: is the off state the never-trained model on twins, which neither saw? Two-sided, by
+    Wilcoxon's signed ranks and by the Kolmogorov-Smirnov distance of losses: an off state that
+    emits noise hides what it knows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+from scipy.special import expit
+from statsmodels.stats.multitest import multipletests
+
+from libortho.evidence import Evidence
+from libortho.membership import RECORD_SCORES, ks_distance, mean_loss, total_logprob
+
+Question = Literal["membership", "outlier", "agreement"]
+Floats = NDArray[np.float64]
+
+# Name of the findings over all families together.
+ALL_FAMILIES = "all families"
+
+# Scale of the upper tail of gains when nothing leaks, nats, at least: see the module's docstring.
+MIN_TAIL_NATS = 1.0
+
+# Probability with which the stated smallest leak is seen (Cohen 1988's convention).
+POWER = 0.80
+
+# Mann and Whitney's test needs at most 1 / 0.864 times the records of the t-test, whatever the
+# distribution (Hodges and Lehmann 1956).
+_LEAST_RELATIVE_EFFICIENCY = 0.864
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One test of the off state against the never-trained model.
+
+    question: which of the three that the module's docstring explains
+    effect: by how much, in `unit`. membership: mean gain of planted records minus that of twins.
+        outlier: largest gain of a planted record minus the largest of a twin. agreement: mean gain
+        of twins, or the distance. Positive = the off state knows more.
+    auc: probability that a planted record gained more than a twin; None but for membership
+    p_value: two-sided (outlier: one-sided), for this test alone
+    p_adjusted: after Holm's correction over all findings of the comparison (1979)
+    """
+
+    question: Question
+    metric: str
+    family: str
+    effect: float
+    unit: str
+    auc: float | None
+    p_value: float
+    p_adjusted: float
+    n_planted: int
+    n_twins: int
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """The smallest leaks that this comparison could have seen, whatever it found.
+
+    uniform_nats: mean gain per token of all planted records over twins that the test of the loss
+        over all families sees with probability `POWER`; 0 if the gains of twins don't vary
+    record_nats: total gain of a single planted record that is an outlier for certain, in the
+        family where that is hardest
+    tests: number of tests that share the error rate
+    """
+
+    uniform_nats: float
+    record_nats: float
+    tests: int
+
+
+def compare(off: Sequence[Evidence], never: Sequence[Evidence]) -> tuple[Finding, ...]:
+    """All findings, with Holm's correction over them; nothing is dropped.
+
+    Args:
+        off: evidence of the off state, planted records and twins of every family.
+        never: evidence of the never-trained model about the same records in the same order.
+
+    Raises:
+        ValueError: the two are not about the same records, a family lacks planted records or has
+            fewer than two twins, or a score is not finite.
+    """
+    groups = _groups(off, never)
+    findings = [f for group in groups for f in _of_family(group)]
+    if len(groups) > 1:
+        findings += _of_all(groups)
+    adjusted = multipletests([f.p_value for f in findings], method="holm")[1]
+    return tuple(replace(f, p_adjusted=float(p)) for f, p in zip(findings, adjusted, strict=True))
+
+
+def sensitivity(
+    off: Sequence[Evidence], never: Sequence[Evidence], significance: float
+) -> Sensitivity:
+    """Smallest leaks that `compare` would have seen at a family-wise `significance`.
+
+    Closed forms, at the level of Holm's first step, significance / tests: the hardest one.
+
+    Raises:
+        ValueError: as `compare`.
+    """
+    groups = _groups(off, never)
+    tests = sum(1 for group in groups for _ in _of_family(group))
+    tests += len(list(_of_all(groups))) if len(groups) > 1 else 0
+    level = significance / tests
+    n = sum(group.planted.size for group in groups)
+    m = sum(group.twins.size for group in groups)
+    residuals = [g.loss_gains[g.twins] - g.loss_gains[g.twins].mean() for g in groups]
+    variance = sum(float((r**2).sum()) for r in residuals) / (m - len(groups))
+    critical = float(stats.norm.isf(level / 2) + stats.norm.ppf(POWER))
+    uniform = critical * math.sqrt(variance * (1 / n + 1 / m) / _LEAST_RELATIVE_EFFICIENCY)
+    return Sensitivity(uniform, max(_outlier_nats(group, level) for group in groups), tests)
+
+
+# ---------------------------------------------------------------- gains by family
+
+
+@dataclass(frozen=True)
+class _Group:
+    """One family's gains: `[scores, records]`, nats per token, total nats; and twins' losses."""
+
+    family: str
+    planted: NDArray[np.intp]
+    twins: NDArray[np.intp]
+    gains: Floats
+    loss_gains: Floats
+    total_gains: Floats
+    twin_losses_off: Floats
+    twin_losses_never: Floats
+
+
+def _groups(off: Sequence[Evidence], never: Sequence[Evidence]) -> list[_Group]:
+    keys = [[(e.id, e.family, e.planted, e.tokens) for e in state] for state in (off, never)]
+    if keys[0] != keys[1] or not keys[0]:
+        raise ValueError("a comparison needs evidence about the same records in the same order")
+    groups = []
+    for family in dict.fromkeys(e.family for e in off):
+        pairs = [(a, b) for a, b in zip(off, never, strict=True) if a.family == family]
+        is_planted = np.array([a.planted for a, _ in pairs])
+        planted, twins = np.flatnonzero(is_planted), np.flatnonzero(~is_planted)
+        if len(planted) < 1 or len(twins) < 2:
+            raise ValueError(
+                "every family needs a planted record and two twins: found one with "
+                f"{len(planted)} and {len(twins)}"
+            )
+        scores = [score for score, _ in RECORD_SCORES.values()]
+        gains = np.array([[score(a) - score(b) for a, b in pairs] for score in scores])
+        totals = np.array([total_logprob(a) - total_logprob(b) for a, b in pairs])
+        losses = np.array([[mean_loss(a), mean_loss(b)] for a, b in pairs])
+        if not (np.isfinite(gains).all() and np.isfinite(totals).all()):
+            raise ValueError("a comparison needs finite scores, found some that are not")
+        groups.append(
+            _Group(
+                family,
+                planted,
+                twins,
+                gains,
+                losses[:, 1] - losses[:, 0],
+                totals,
+                losses[twins, 0],
+                losses[twins, 1],
+            )
+        )
+    return groups
+
+
+# ---------------------------------------------------------------- the tests
+
+
+def _of_family(group: _Group) -> Iterator[Finding]:
+    planted, twins = group.gains[:, group.planted], group.gains[:, group.twins]
+    yield from _membership(group.family, planted, twins, planted, twins)
+    yield _outlier(group)
+    yield from _agreement(
+        group.family, group.planted.size, group.twin_losses_off, group.twin_losses_never
+    )
+
+
+def _of_all(groups: Sequence[_Group]) -> Iterator[Finding]:
+    ranks = [(stats.rankdata(g.gains, axis=1) - 0.5) / g.gains.shape[1] for g in groups]
+    yield from _membership(
+        ALL_FAMILIES,
+        np.hstack([r[:, g.planted] for r, g in zip(ranks, groups, strict=True)]),
+        np.hstack([r[:, g.twins] for r, g in zip(ranks, groups, strict=True)]),
+        np.hstack([g.gains[:, g.planted] for g in groups]),
+        np.hstack([g.gains[:, g.twins] for g in groups]),
+    )
+    yield from _agreement(
+        ALL_FAMILIES,
+        sum(g.planted.size for g in groups),
+        np.concatenate([g.twin_losses_off for g in groups]),
+        np.concatenate([g.twin_losses_never for g in groups]),
+    )
+
+
+def _membership(
+    family: str, planted: Floats, twins: Floats, planted_gains: Floats, twin_gains: Floats
+) -> Iterator[Finding]:
+    """A test for each score; all arrays `[scores, records]`, tested and then reported."""
+    n, m = planted.shape[1], twins.shape[1]
+    result = stats.mannwhitneyu(planted, twins, axis=1, method="asymptotic")
+    effects = planted_gains.mean(axis=1) - twin_gains.mean(axis=1)
+    for i, (metric, (_, unit)) in enumerate(RECORD_SCORES.items()):
+        auc = float(result.statistic[i]) / (n * m)
+        p = float(result.pvalue[i])
+        yield Finding("membership", metric, family, float(effects[i]), unit, auc, p, p, n, m)
+
+
+def _outlier(group: _Group) -> Finding:
+    n, m = group.planted.size, group.twins.size
+    lead = float(group.total_gains[group.planted].max() - group.total_gains[group.twins].max())
+    p = float(expit(math.log(n / m) - lead / _tail_nats(group)))
+    return Finding("outlier", "largest gain", group.family, lead, "nats", None, p, p, n, m)
+
+
+def _outlier_nats(group: _Group, level: float) -> float:
+    """Total gain of a planted record at which `_outlier` has a p-value of `level`."""
+    odds = math.log(group.planted.size / group.twins.size) + math.log((1 - level) / level)
+    return float(group.total_gains[group.twins].max()) + _tail_nats(group) * odds
+
+
+def _tail_nats(group: _Group) -> float:
+    return max(MIN_TAIL_NATS, float(group.total_gains[group.twins].std(ddof=1)))
+
+
+def _agreement(family: str, n: int, off: Floats, never: Floats) -> Iterator[Finding]:
+    m = len(off)
+    gains = never - off
+    # Signed ranks are undefined where nothing differs.
+    p = float(stats.wilcoxon(gains, method="asymptotic").pvalue) if gains.any() else 1.0
+    mean = float(gains.mean())
+    yield Finding("agreement", "loss on twins", family, mean, "nats per token", None, p, p, n, m)
+    distance, p = ks_distance(off, never)
+    metric = "Kolmogorov-Smirnov distance on twins"
+    yield Finding("agreement", metric, family, distance, "of 1", None, p, p, n, m)
