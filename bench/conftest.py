@@ -15,7 +15,7 @@ from libortho import hardware, profiles, store
 from libortho.artifact import BASE_MANIFEST
 from libortho.config import SeparationConfig, TuningConfig
 from libortho.corpora import Corpus
-from libortho.errors import RecordError
+from libortho.errors import ArtifactError, RecordError
 from libortho.models import ResolvedModel, native_grid, resolve_model
 from libortho.plugin import SETTINGS_KEY, RunResults
 from libortho.profiles import Profile
@@ -91,10 +91,9 @@ def separation(ortho_settings: Settings, resolved: ResolvedModel) -> SeparationC
     if ortho_settings.checkpoint is not None:
         manifest = Path(ortho_settings.checkpoint) / BASE_MANIFEST
         if not manifest.exists():
-            pytest.fail(
+            raise ArtifactError(
                 f"--checkpoint {ortho_settings.checkpoint} holds no {BASE_MANIFEST}. Give a folder "
-                "that libortho.save wrote.",
-                pytrace=False,
+                "that libortho.save wrote."
             )
         recipe = json.loads(manifest.read_text(encoding="utf-8"))["separation"]
         config = SeparationConfig.from_dict(recipe)

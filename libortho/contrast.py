@@ -92,46 +92,44 @@ class Sensitivity:
     tests: int
 
 
-def compare(off: Sequence[Evidence], never: Sequence[Evidence]) -> tuple[Finding, ...]:
-    """All findings, with Holm's correction over them; nothing is dropped.
+@dataclass(frozen=True)
+class Comparison:
+    """Every finding, and what a comparison of this size could have found."""
+
+    findings: tuple[Finding, ...]
+    sensitivity: Sensitivity
+
+
+def compare(
+    off: Sequence[Evidence], never: Sequence[Evidence], *, significance: float
+) -> Comparison:
+    """Make every test, with Holm's correction over all of them.
+
+    The sensitivity is in closed form, at the level of Holm's first and hardest step.
 
     Args:
         off: evidence of the off state, planted records and twins of every family.
         never: evidence of the never-trained model about the same records in the same order.
+        significance: family-wise error rate for which the sensitivity is stated.
 
     Raises:
         ValueError: the two are not about the same records, a family lacks planted records or has
             fewer than two twins, or a score is not finite.
     """
     groups = _groups(off, never)
-    findings = [f for group in groups for f in _of_family(group)]
+    findings = [finding for group in groups for finding in _of_family(group)]
     if len(groups) > 1:
         findings += _of_all(groups)
     adjusted = multipletests([f.p_value for f in findings], method="holm")[1]
-    return tuple(replace(f, p_adjusted=float(p)) for f, p in zip(findings, adjusted, strict=True))
-
-
-def sensitivity(
-    off: Sequence[Evidence], never: Sequence[Evidence], significance: float
-) -> Sensitivity:
-    """Smallest leaks that `compare` would have seen at a family-wise `significance`.
-
-    Closed forms, at the level of Holm's first step, significance / tests: the hardest one.
-
-    Raises:
-        ValueError: as `compare`.
-    """
-    groups = _groups(off, never)
-    tests = sum(1 for group in groups for _ in _of_family(group))
-    tests += len(list(_of_all(groups))) if len(groups) > 1 else 0
-    level = significance / tests
-    n = sum(group.planted.size for group in groups)
-    m = sum(group.twins.size for group in groups)
-    residuals = [g.loss_gains[g.twins] - g.loss_gains[g.twins].mean() for g in groups]
-    variance = sum(float((r**2).sum()) for r in residuals) / (m - len(groups))
-    critical = float(stats.norm.isf(level / 2) + stats.norm.ppf(POWER))
-    uniform = critical * math.sqrt(variance * (1 / n + 1 / m) / _LEAST_RELATIVE_EFFICIENCY)
-    return Sensitivity(uniform, max(_outlier_nats(group, level) for group in groups), tests)
+    level = significance / len(findings)
+    return Comparison(
+        tuple(replace(f, p_adjusted=float(p)) for f, p in zip(findings, adjusted, strict=True)),
+        Sensitivity(
+            _uniform_nats(groups, level),
+            max(_outlier_nats(group, level) for group in groups),
+            len(findings),
+        ),
+    )
 
 
 # ---------------------------------------------------------------- gains by family
@@ -226,6 +224,16 @@ def _membership(
         auc = float(result.statistic[i]) / (n * m)
         p = float(result.pvalue[i])
         yield Finding("membership", metric, family, float(effects[i]), unit, auc, p, p, n, m)
+
+
+def _uniform_nats(groups: Sequence[_Group], level: float) -> float:
+    """Gain per token of all planted records that the pooled test sees with probability `POWER`."""
+    n = sum(group.planted.size for group in groups)
+    m = sum(group.twins.size for group in groups)
+    residuals = [g.loss_gains[g.twins] - g.loss_gains[g.twins].mean() for g in groups]
+    variance = sum(float((r**2).sum()) for r in residuals) / (m - len(groups))
+    critical = float(stats.norm.isf(level / 2) + stats.norm.ppf(POWER))
+    return critical * math.sqrt(variance * (1 / n + 1 / m) / _LEAST_RELATIVE_EFFICIENCY)
 
 
 def _outlier(group: _Group) -> Finding:

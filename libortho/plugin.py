@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 
 from . import hardware
-from .errors import ConfigError, OrthoError
+from .errors import ConfigError, HardwareError, OrthoError
 from .precision import dtype_name
 from .profiles import prepare_environment
 from .provenance import collect_provenance
 from .results import KillSwitchResult, NullTestResult, Results, ThroughputResult, write_results
-from .settings import SETTINGS, Settings, resolve
+from .settings import SETTINGS, Settings, join_options, resolve
 from .summary import summary_lines
 
 
@@ -66,6 +66,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         else:
             group.addoption(setting.option, default=None, metavar="VALUE", help=text)
         parser.addini(setting.ini, f"{setting.help}; see {setting.option}", default="")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> int | pytest.ExitCode | None:
+    """Run again with `--model=PATH` in place of `--model PATH`, if that is how it was written.
+
+    Before any plugin is loaded, pytest takes an option's value that is an existing path for the
+    place of the tests, and would look there for its root folder and its ini file.
+    """
+    args = list(config.invocation_params.args)
+    joined = join_options(args)
+    if joined == args:
+        return None
+    return pytest.main(joined, plugins=list(config.invocation_params.plugins or ()))
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -114,9 +128,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     device = item.config.stash[SETTINGS_KEY].device
-    if item.get_closest_marker("gpu") and (device == "cpu" or not hardware.cards()):
-        found = "--device cpu was given" if device == "cpu" else hardware.why_no_gpu()
-        pytest.skip(f"needs a CUDA device; found none: {found}. See python -m libortho check-gpu.")
+    if item.get_closest_marker("gpu") and (device == "cpu" or hardware.why_no_gpu()):
+        found = "--device cpu was given." if device == "cpu" else hardware.why_no_gpu()
+        pytest.skip(f"needs a CUDA device; found none: {found} See python -m libortho check-gpu.")
     marker = item.get_closest_marker("vram")
     cards = hardware.cards() if marker and device != "cpu" else []
     if marker and cards:
@@ -242,9 +256,8 @@ def ortho_device(ortho_settings: Settings) -> str:
     if asked == "auto":
         return "cuda" if hardware.cards() and hardware.why_no_gpu() is None else "cpu"
     if asked != "cpu" and hardware.why_no_gpu():
-        pytest.fail(
-            f"--device {asked}: {hardware.why_no_gpu()}. See python -m libortho check-gpu.",
-            pytrace=False,
+        raise HardwareError(
+            f"--device {asked}: {hardware.why_no_gpu()} See python -m libortho check-gpu."
         )
     return asked
 

@@ -52,9 +52,13 @@ def separate(
     for name, layer in layers.items():
         try:
             check_weight(layer.weight.detach(), f"{name}.weight")
-            stream.slots_per_row(layer.in_features, config.residual_density)
         except ShapeError as error:
-            raise SeparationError(f"{name}: {error}") from error
+            raise SeparationError(str(error)) from error
+        if layer.in_features > stream.MAX_COLUMNS:
+            raise SeparationError(
+                f"{name} has {layer.in_features} inputs and a stream addresses at most "
+                f"{stream.MAX_COLUMNS}, with 16-bit columns. This model can't be separated."
+            )
     if config.bits != NO_LATTICE and (config.search or config.residual_density):
         windows = token_windows(
             tokenizer,

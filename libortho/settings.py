@@ -6,7 +6,7 @@ Knows names, types and limits; not pytest, which only hands over what it was giv
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,3 +151,19 @@ def _parsed(setting: Setting, text: Any, origin: str) -> Any:
         return setting.parse(text)
     except ValueError as error:
         raise ConfigError(f"{setting.option}: {text!r} ({origin}) is no value: {error}.") from error
+
+
+def join_options(arguments: Sequence[str]) -> list[str]:
+    """Command-line arguments with `--option value` of ours written as `--option=value`."""
+    takes_value = {setting.option for setting in SETTINGS if setting.default is not False}
+    joined: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--":
+            return [*joined, argument, *rest]
+        if argument in takes_value:
+            value = next(rest, None)
+            joined.append(argument if value is None else f"{argument}={value}")
+        else:
+            joined.append(argument)
+    return joined
