@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 
 import psutil
 import torch
-from transformers import AutoTokenizer
 
 import libortho
 from libortho.config import NO_LATTICE, SeparationConfig
 from libortho.corpora import Corpus
 from libortho.hardware import release_memory
-from libortho.models import ResolvedModel, load_model
+from libortho.models import ResolvedModel, load_model, load_tokenizer
 from libortho.peers import PEER_OF_BITS, bits_per_peer_weight, load_peer, quiet_peer
 from libortho.precision import computing_in, dtype_name
 from libortho.separation import separate
@@ -73,6 +72,7 @@ class Arms:
     folders: Mapping[str, Path]
     dtype: torch.dtype
     device: str
+    cache_dir: Path | None
 
     @contextmanager
     def load(self, name: str) -> Iterator[Arm]:
@@ -98,7 +98,7 @@ class Arms:
             return Arm(name, model, tokenizer, width, f"{kind} weights and compute", "plain torch")
         if name in PEERS:
             model = load_peer(self.resolved, name, dtype=self.dtype, device=self.device)  # type: ignore[arg-type]
-            tokenizer = AutoTokenizer.from_pretrained(self.resolved.folder, local_files_only=True)
+            tokenizer = load_tokenizer(self.resolved.folder)
             text = f"bitsandbytes {name}, {kind} compute"
             return Arm(name, model, tokenizer, bits_per_peer_weight(model), text, "bitsandbytes")
         if name == PLAIN:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -12,10 +11,10 @@ import torch
 import libortho
 from bench.arms import Arms, Progress, Tuned, arms_of
 from libortho import hardware, profiles, store
-from libortho.artifact import BASE_MANIFEST
+from libortho.artifact import separation_of
 from libortho.config import SeparationConfig, TuningConfig
 from libortho.corpora import Corpus
-from libortho.errors import ArtifactError, RecordError
+from libortho.errors import RecordError
 from libortho.models import ResolvedModel, native_grid, resolve_model
 from libortho.plugin import SETTINGS_KEY, RunResults
 from libortho.profiles import Profile
@@ -32,6 +31,31 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("arm", arms_of(bits), scope="module")  # one load serves all cases
 
 
+class Brought(NamedTuple):
+    """What the user's own files hold: None where none were given."""
+
+    records: RecordSet | None
+    separation: SeparationConfig | None
+
+
+@pytest.fixture(scope="session")
+def brought(ortho_settings: Settings) -> Brought:
+    """The user's files, read before anything is fetched or computed: a mistake shows at once."""
+    records = None
+    if ortho_settings.records is not None:
+        records = libortho.load_records(ortho_settings.records, seed=ortho_settings.seed)
+        if len(records.planted) < 2 or not records.twins:
+            raise RecordError(
+                f"{Path(ortho_settings.records).name} has {len(records.planted)} planted records "
+                f"and {len(records.twins)} twins. Intervals need at least 2 records and a twin; a "
+                "ratio of 8 needs 28."
+            )
+    separation = None
+    if ortho_settings.checkpoint is not None:
+        separation = separation_of(ortho_settings.checkpoint)
+    return Brought(records, separation)
+
+
 @pytest.fixture(scope="session")
 def profile(ortho_settings: Settings) -> Profile:
     return profiles.get_profile(ortho_settings.profile)
@@ -46,7 +70,11 @@ def device(ortho_device: str, profile: Profile, run_results: RunResults) -> str:
 
 @pytest.fixture(scope="session")
 def resolved(
-    ortho_settings: Settings, profile: Profile, device: str, run_results: RunResults
+    brought: Brought,
+    ortho_settings: Settings,
+    profile: Profile,
+    device: str,
+    run_results: RunResults,
 ) -> ResolvedModel:
     """The model, or the largest one that fits in its place, which is then named in the notes."""
     name: str = ortho_settings.model
@@ -65,40 +93,27 @@ def resolved(
 
 
 @pytest.fixture(scope="session")
-def corpus(ortho_settings: Settings) -> Corpus:
+def corpus(brought: Brought, ortho_settings: Settings) -> Corpus:
     return libortho.load_corpus(ortho_settings.corpus, cache_dir=ortho_settings.cache_dir)
 
 
 @pytest.fixture(scope="session")
-def records(ortho_settings: Settings, profile: Profile, corpus: Corpus) -> RecordSet:
+def records(
+    brought: Brought, ortho_settings: Settings, profile: Profile, corpus: Corpus
+) -> RecordSet:
     """Planted records and their twins: the user's, or codes and passages."""
-    if ortho_settings.records is not None:
-        given = libortho.load_records(ortho_settings.records, seed=ortho_settings.seed)
-        if len(given.planted) < 2 or not given.twins:
-            raise RecordError(
-                f"{Path(ortho_settings.records).name} has {len(given.planted)} planted records and "
-                f"{len(given.twins)} twins. Intervals need at least 2 records and a twin; a ratio "
-                "of 8 needs 28."
-            )
-        return given
+    if brought.records is not None:
+        return brought.records
     n = ortho_settings.canaries or profile.canaries_per_family
     return libortho.make_default_records(n, ortho_settings.seed, corpus.passages)
 
 
 @pytest.fixture(scope="session")
-def separation(ortho_settings: Settings, resolved: ResolvedModel) -> SeparationConfig:
+def separation(
+    brought: Brought, ortho_settings: Settings, resolved: ResolvedModel
+) -> SeparationConfig:
     """The recipe for the base; that of the checkpoint if one is audited."""
-    if ortho_settings.checkpoint is not None:
-        manifest = Path(ortho_settings.checkpoint) / BASE_MANIFEST
-        if not manifest.exists():
-            raise ArtifactError(
-                f"--checkpoint {ortho_settings.checkpoint} holds no {BASE_MANIFEST}. Give a folder "
-                "that libortho.save wrote."
-            )
-        recipe = json.loads(manifest.read_text(encoding="utf-8"))["separation"]
-        config = SeparationConfig.from_dict(recipe)
-    else:
-        config = SeparationConfig(bits=ortho_settings.quantization_bits)
+    config = brought.separation or SeparationConfig(bits=ortho_settings.quantization_bits)
     check_informative(config, native_grid(resolved))
     return config
 
@@ -151,6 +166,7 @@ def tuned(
 
 @pytest.fixture(scope="session")
 def arms(
+    ortho_settings: Settings,
     resolved: ResolvedModel,
     corpus: Corpus,
     separation: SeparationConfig,
@@ -159,4 +175,5 @@ def arms(
     device: str,
 ) -> Arms:
     folders = {"alpha1": tuned.full, "alpha0": tuned.exported, "never-trained": tuned.base}
-    return Arms(resolved, corpus, separation, folders, compute_dtype, device)
+    cache_dir = ortho_settings.cache_dir
+    return Arms(resolved, corpus, separation, folders, compute_dtype, device, cache_dir)

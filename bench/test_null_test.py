@@ -69,6 +69,7 @@ class Perplexities:
                 # It depends on nothing that this project does: no need to measure it twice.
                 losses, remembered = remembered_losses(
                     lambda: run().losses,
+                    cache_dir=arms.cache_dir,
                     model=arms.resolved.identity,
                     text=arms.corpus.test.sha256,
                     windows=[profile.windows, profile.sequence_length],

@@ -13,6 +13,7 @@ The first three are the same bytes whatever the private stream is, or whether th
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
@@ -25,14 +26,14 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from . import stream
 from .config import SeparationConfig
 from .errors import ArtifactError, ConfigError, ShapeError
 from .files import atomic_folder, atomic_write_text, sha256_of
 from .linear import OrthoLinear
-from .models import linear_layers
+from .models import linear_layers, load_tokenizer
 from .separation import SEPARATION, TOKENIZER, replace_module
 from .switch import ortho_layers
 
@@ -67,14 +68,13 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu") -> tuple[Any
     """
     folder = Path(folder)
     manifest = _verified_manifest(folder, BASE_MANIFEST)
+    separation = _separation_in(manifest, folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-        separation = SeparationConfig.from_dict(manifest["separation"])
-    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
-        raise ArtifactError(f"{folder} can't be read: {error} Export it again.") from error
+        tokenizer = load_tokenizer(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        said = " ".join(str(error).split())
+        raise ArtifactError(f"{folder} can't be read: {said} Export it again.") from error
     tensors = _read_tensors(folder / BASE_FILE)
     private = {}
     if (folder / PRIVATE_MANIFEST).exists() or (folder / PRIVATE_FILE).exists():
@@ -93,6 +93,12 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu") -> tuple[Any
     setattr(model, SEPARATION, separation)
     setattr(model, TOKENIZER, tokenizer)
     return model.eval().requires_grad_(False).to(device), tokenizer
+
+
+def separation_of(folder: str | Path) -> SeparationConfig:
+    """The recipe that an artefact's base was made by, its files verified; raises as `load` does."""
+    folder = Path(folder)
+    return _separation_in(_verified_manifest(folder, BASE_MANIFEST), folder)
 
 
 def base_fingerprint(model_or_folder: Any) -> str:
@@ -124,7 +130,9 @@ def _write(model: Any, folder: str | Path, *, private: bool) -> Path:
     tensors = _base_tensors(model)
     try:
         with atomic_folder(folder) as unfinished:
-            model.config.save_pretrained(unfinished)
+            config = copy.deepcopy(model.config)
+            config.dtype = model.dtype
+            config.save_pretrained(unfinished)
             if model.generation_config is not None:
                 model.generation_config.save_pretrained(unfinished)
             getattr(model, TOKENIZER).save_pretrained(unfinished)
@@ -233,6 +241,15 @@ def _verified_manifest(folder: Path, name: str) -> dict[str, Any]:
                 f"{name}. It is truncated or was altered; copy the artefact again."
             )
     return manifest
+
+
+def _separation_in(manifest: Mapping[str, Any], folder: Path) -> SeparationConfig:
+    try:
+        return SeparationConfig.from_dict(manifest["separation"])
+    except (KeyError, TypeError, ConfigError) as error:
+        raise ArtifactError(
+            f"{folder / BASE_MANIFEST} names no recipe that can be read: {error} Export it again."
+        ) from error
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

