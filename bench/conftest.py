@@ -10,16 +10,16 @@ import torch
 
 import libortho
 from bench.arms import Arms, Progress, Tuned, arms_of
+from bench.plan import Plan, plan_of
 from libortho import hardware, profiles, store
 from libortho.artifact import separation_of
 from libortho.config import SeparationConfig, TuningConfig
 from libortho.corpora import Corpus
-from libortho.errors import RecordError
+from libortho.errors import OrthoError, RecordError
 from libortho.models import ResolvedModel, native_grid, resolve_model
 from libortho.plugin import SETTINGS_KEY, RunResults
 from libortho.profiles import Profile
 from libortho.records import RecordSet
-from libortho.registry import REGISTRY
 from libortho.settings import Settings
 from libortho.verdict import check_informative
 
@@ -27,7 +27,11 @@ from libortho.verdict import check_informative
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Cases over arms: the ones that exist at the run's number of bits."""
     if "arm" in metafunc.fixturenames:
-        bits = metafunc.config.stash[SETTINGS_KEY].quantization_bits
+        settings = metafunc.config.stash[SETTINGS_KEY]
+        try:
+            bits = plan_of(settings).bits
+        except OrthoError:  # the fixture will say so
+            bits = settings.quantization_bits
         metafunc.parametrize("arm", arms_of(bits), scope="module")  # one load serves all cases
 
 
@@ -69,27 +73,16 @@ def device(ortho_device: str, profile: Profile, run_results: RunResults) -> str:
 
 
 @pytest.fixture(scope="session")
-def resolved(
-    brought: Brought,
-    ortho_settings: Settings,
-    profile: Profile,
-    device: str,
-    run_results: RunResults,
-) -> ResolvedModel:
-    """The model, or the largest one that fits in its place, which is then named in the notes."""
-    name: str = ortho_settings.model
-    if name in REGISTRY:
-        on_card = device != "cpu"
-        choice = profiles.choose(
-            REGISTRY[name],
-            profile.vram_gib_total if on_card else None,
-            ortho_settings.quantization_bits,
-            strict=ortho_settings.strict_model,
-            host_gib=None if on_card else hardware.cpu_facts().total_gib,
-        )
-        run_results.notes += choice.notes
-        name = choice.entry.name
-    return resolve_model(name, ortho_settings.cache_dir)
+def plan(brought: Brought, device: str, ortho_settings: Settings, run_results: RunResults) -> Plan:
+    """Model and bits; what differs from the request is among the run's notes."""
+    settled = plan_of(ortho_settings)
+    run_results.notes += settled.notes
+    return settled
+
+
+@pytest.fixture(scope="session")
+def resolved(plan: Plan, ortho_settings: Settings) -> ResolvedModel:
+    return resolve_model(plan.model, ortho_settings.cache_dir)
 
 
 @pytest.fixture(scope="session")
@@ -109,11 +102,9 @@ def records(
 
 
 @pytest.fixture(scope="session")
-def separation(
-    brought: Brought, ortho_settings: Settings, resolved: ResolvedModel
-) -> SeparationConfig:
+def separation(brought: Brought, plan: Plan, resolved: ResolvedModel) -> SeparationConfig:
     """The recipe for the base; that of the checkpoint if one is audited."""
-    config = brought.separation or SeparationConfig(bits=ortho_settings.quantization_bits)
+    config = brought.separation or SeparationConfig(bits=plan.bits)
     check_informative(config, native_grid(resolved))
     return config
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import find_executable_batch_size
 from tqdm import tqdm
 
+from .hardware import halving_batches
 from .records import EncodedRecord
 from .scoring import mean_by_owner, secret_logits
 
@@ -45,7 +45,7 @@ def score_records(
     before, each secret token is the argmax. Out of memory halves the batch.
     """
 
-    @find_executable_batch_size(starting_batch_size=batch_size)  # type: ignore[untyped-decorator]
+    @halving_batches(batch_size)
     def run(size: int) -> list[RecordScore]:
         scores: list[RecordScore] = []
         starts = range(0, len(records), size)

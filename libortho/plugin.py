@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from . import hardware
-from .errors import ConfigError, HardwareError, OrthoError
+from .errors import ConfigError, OrthoError
 from .precision import dtype_name
 from .profiles import prepare_environment
 from .provenance import collect_provenance
@@ -61,6 +61,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     for setting in SETTINGS:
         default = "the profile's" if setting.default is None else setting.default
         text = f"{setting.help} [{default}] ({setting.variable}, ini {setting.ini})"
+        text = text.replace("%", "%%")  # argparse formats it
         if setting.default is False:
             group.addoption(setting.option, action="store_const", const="true", help=text)
         else:
@@ -252,14 +253,7 @@ def run_results(pytestconfig: pytest.Config) -> RunResults:
 @pytest.fixture(scope="session")
 def ortho_device(ortho_settings: Settings) -> str:
     """The device of this run: `cpu`, `cuda` or `cuda:N`. Fails if it was asked for in vain."""
-    asked = ortho_settings.device
-    if asked == "auto":
-        return "cuda" if hardware.cards() and hardware.why_no_gpu() is None else "cpu"
-    if asked != "cpu" and hardware.why_no_gpu():
-        raise HardwareError(
-            f"--device {asked}: {hardware.why_no_gpu()} See python -m libortho check-gpu."
-        )
-    return asked
+    return hardware.resolve_device(ortho_settings.device)
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,9 @@ Geometries are those of the models' published config.json files.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from libortho.fetch import WheelFile
 
@@ -198,3 +199,31 @@ _ENTRIES = (
 )
 
 REGISTRY: dict[str, ModelEntry] = {entry.name: entry for entry in _ENTRIES}
+
+
+def entry_from_config(name: str, config: Mapping[str, Any]) -> ModelEntry | None:
+    """The geometry of a checkpoint of the user's own by its config.json; None if not Llama's kind.
+
+    So that the planner can judge it as it judges a known model. Licence and source are not known.
+    """
+    try:
+        heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
+        return ModelEntry(
+            name=name,
+            hub_id=name,
+            revision=None,
+            source="hub",
+            licence="unknown",
+            gated=False,
+            hidden_size=hidden,
+            intermediate_size=int(config["intermediate_size"]),
+            num_layers=int(config["num_hidden_layers"]),
+            num_attention_heads=heads,
+            num_kv_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or hidden // heads),
+            vocab_size=int(config["vocab_size"]),
+            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+            max_position=int(config["max_position_embeddings"]),
+        )
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return None

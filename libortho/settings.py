@@ -86,7 +86,7 @@ SETTINGS = (
         "min-privacy-ratio",
         _ratio,
         DEFAULT_MIN_PRIVACY_RATIO,
-        "least lower 95 %% limit of the privacy ratio",
+        "least lower 95 % limit of the privacy ratio",
     ),
     Setting(
         "max-ppl-ratio", _ratio, DEFAULT_MAX_PPL_RATIO, "largest perplexity ratio at alpha = 1"

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from libortho import extraction, perplexity
+from libortho.errors import HardwareError
 from libortho.extraction import RecordScore, hits, mean_loss, score_records
 from libortho.perplexity import WindowLosses, measure_perplexity
 from libortho.records import EncodedRecord, Record, encode
@@ -221,4 +222,15 @@ def test_other_errors_are_not_taken_for_lack_of_memory(
 
     monkeypatch.setattr(perplexity, "window_losses", broken)
     with pytest.raises(RuntimeError, match="multiplied"):
+        measure_perplexity(trained, windows, batch_size=4)
+
+
+def test_what_never_fits_is_a_clear_error(
+    trained: LlamaForCausalLM, windows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> Tensor:
+        raise torch.OutOfMemoryError(OUT_OF_MEMORY)
+
+    monkeypatch.setattr(perplexity, "window_losses", full)
+    with pytest.raises(HardwareError, match=r"not even one sequence fits.*fewer bits"):
         measure_perplexity(trained, windows, batch_size=4)

@@ -224,6 +224,7 @@ def test_a_gpu_case_skips_with_what_is_missing_and_the_remedy(
     assert "check-gpu" in text
 
     monkeypatch.setattr(hardware, "cards", lambda: [a_card(6000)])
+    monkeypatch.setattr(hardware, "why_no_gpu", lambda: None)
     run(case).assert_outcomes(passed=1)
     assert "--device cpu was given" in output(run(case, "-rs", "--device", "cpu"))
 
