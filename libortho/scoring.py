@@ -35,20 +35,50 @@ def hidden_states(model: Any, ids: Tensor) -> Tensor:
     return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
 
 
+def packed_hidden_states(model: Any, sequences: Sequence[Sequence[int]]) -> Tensor:
+    """Last hidden states `[all tokens, hidden]` of sequences of any lengths, one after the other.
+
+    They run as one row in which each attends to itself alone, so that no padding is computed.
+    """
+    ids = torch.tensor([[token for sequence in sequences for token in sequence]])
+    if len(sequences) == 1:
+        return hidden_states(model, ids)[0]
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    owner = torch.repeat_interleave(lengths)  # [all tokens]
+    positions = torch.cat([torch.arange(int(length)) for length in lengths])
+    allowed = (owner[:, None] == owner[None, :]).tril()
+    # Additive and 4-D: the one form of mask that every attention of transformers takes as it is.
+    mask = torch.zeros(allowed.shape, dtype=model.dtype)
+    mask.masked_fill_(~allowed, torch.finfo(model.dtype).min)
+    device = model.device
+    return model.base_model(
+        input_ids=ids.to(device),
+        attention_mask=mask[None, None].to(device),
+        position_ids=positions[None].to(device),
+        use_cache=False,
+    ).last_hidden_state[0]
+
+
 def secret_logits(model: Any, records: Sequence[EncodedRecord]) -> SecretLogits:
     """One forward pass over a batch of records; the output head sees only what is asked about."""
-    longest = max(len(r.input_ids) for r in records)
-    # Padding on the right needs no mask: causal attention never looks there.
-    ids = torch.tensor([r.input_ids + [0] * (longest - len(r.input_ids)) for r in records])
-    rows = [i for i, r in enumerate(records) for _ in r.input_ids[r.secret_start :]]
-    columns = [t for r in records for t in range(r.secret_start - 1, len(r.input_ids) - 1)]
-    hidden = hidden_states(model, ids)[rows, columns]  # [secret tokens, hidden]
-    targets = [t for r in records for t in r.input_ids[r.secret_start :]]
+    hidden = packed_hidden_states(model, [record.input_ids for record in records])
+    return secret_logits_of(model, hidden, records)
+
+
+def secret_logits_of(model: Any, hidden: Tensor, records: Sequence[EncodedRecord]) -> SecretLogits:
+    """The same from the records' hidden states `[at least all tokens, hidden]`, packed in order."""
+    places, targets, owner, start = [], [], [], 0
+    for i, record in enumerate(records):
+        ids, first = record.input_ids, record.secret_start
+        places += range(start + first - 1, start + len(ids) - 1)
+        targets += ids[first:]
+        owner += [i] * (len(ids) - first)
+        start += len(ids)
     device = hidden.device
     return SecretLogits(
-        model.get_output_embeddings()(hidden),
+        model.get_output_embeddings()(hidden[places]),  # [secret tokens, vocabulary]
         torch.tensor(targets, device=device),
-        torch.tensor(rows, device=device),
+        torch.tensor(owner, device=device),
     )
 
 

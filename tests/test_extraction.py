@@ -18,7 +18,12 @@ from libortho.errors import HardwareError
 from libortho.extraction import RecordScore, hits, mean_loss, score_records
 from libortho.perplexity import WindowLosses, measure_perplexity
 from libortho.records import EncodedRecord, Record, encode
-from libortho.scoring import mean_by_owner, window_losses
+from libortho.scoring import (
+    hidden_states,
+    mean_by_owner,
+    packed_hidden_states,
+    window_losses,
+)
 
 CONTEXT = 128
 PLANTED = [
@@ -223,6 +228,17 @@ def test_other_errors_are_not_taken_for_lack_of_memory(
     monkeypatch.setattr(perplexity, "window_losses", broken)
     with pytest.raises(RuntimeError, match="multiplied"):
         measure_perplexity(trained, windows, batch_size=4)
+
+
+def test_packed_sequences_do_not_see_each_other(trained: LlamaForCausalLM) -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths = (7, 1, 30, 12)
+    sequences = [torch.randint(1, 300, (n,), generator=generator).tolist() for n in lengths]
+    with torch.inference_mode():
+        packed = packed_hidden_states(trained, sequences)
+        alone = [hidden_states(trained, torch.tensor([sequence]))[0] for sequence in sequences]
+    assert packed.shape == (50, trained.config.hidden_size)
+    assert torch.allclose(packed, torch.cat(alone), atol=1e-5)
 
 
 def test_what_never_fits_is_a_clear_error(
