@@ -67,7 +67,10 @@ def secret_logits(model: Any, records: Sequence[EncodedRecord]) -> SecretLogits:
 
 def secret_logits_of(model: Any, hidden: Tensor, records: Sequence[EncodedRecord]) -> SecretLogits:
     """The same from the records' hidden states `[at least all tokens, hidden]`, packed in order."""
-    places, targets, owner, start = [], [], [], 0
+    places: list[int] = []
+    targets: list[int] = []
+    owner: list[int] = []
+    start = 0
     for i, record in enumerate(records):
         ids, first = record.input_ids, record.secret_start
         places += range(start + first - 1, start + len(ids) - 1)
