@@ -104,12 +104,12 @@ class TuningConfig(_Record):
     slots: Slots = "probe"
     probe_steps: int = 24
     probe_lr: float = 1e-3
-    steps: int = 120
+    steps: int = 100
     lr: float = 3e-3
     replay_weight: float = 2.0
     replay_window: int = 256
     records_per_step: int = 10
-    target_loss: float = 0.02
+    target_loss: float = 0.04
     seed: int = 0
 
     def __post_init__(self) -> None:
