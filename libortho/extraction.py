@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import find_executable_batch_size
 from tqdm import tqdm
 
+from .batching import halving
 from .records import EncodedRecord
 from .scoring import mean_by_owner, secret_logits
 
@@ -45,7 +45,6 @@ def score_records(
     before, each secret token is the argmax. Out of memory halves the batch.
     """
 
-    @find_executable_batch_size(starting_batch_size=batch_size)  # type: ignore[untyped-decorator]
     def run(size: int) -> list[RecordScore]:
         scores: list[RecordScore] = []
         starts = range(0, len(records), size)
@@ -61,7 +60,7 @@ def score_records(
                 scores.append(RecordScore(record.id, record.family, miss == 0.0, loss, tokens))
         return scores
 
-    return run()
+    return halving(run, batch_size)
 
 
 def hits(scores: Sequence[RecordScore]) -> int:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import find_executable_batch_size
 from torch import Tensor
 from tqdm import tqdm
 
+from .batching import halving
 from .scoring import window_losses
 
 
@@ -37,7 +37,6 @@ def measure_perplexity(
 ) -> WindowLosses:
     """Losses of windows int64 `[count, length]`; out of memory halves the batch."""
 
-    @find_executable_batch_size(starting_batch_size=batch_size)  # type: ignore[untyped-decorator]
     def run(size: int) -> WindowLosses:
         losses: list[float] = []
         batches: Sequence[Tensor] = windows.split(size)
@@ -45,4 +44,4 @@ def measure_perplexity(
             losses += window_losses(model, batch).tolist()
         return WindowLosses(tuple(losses), size)
 
-    return run()
+    return halving(run, batch_size)
