@@ -149,7 +149,12 @@ def exposure(secret_loss: float, reference_losses: ArrayLike) -> float:
     references = _finite("reference_losses", reference_losses)
     loss = float(_finite("secret_loss", [secret_loss])[0])
     rank = 1 + int((references <= loss).sum())
-    return math.log2(len(references) + 1) - math.log2(rank)
+    return max_exposure(len(references)) - math.log2(rank)
+
+
+def max_exposure(references: int) -> float:
+    """Exposure of a secret that is better known than every one of so many references, bits."""
+    return math.log2(references + 1)
 
 
 def forced_similarity(evidence: Evidence) -> float:
