@@ -63,6 +63,25 @@ def score_records(
     return halving(run, batch_size)
 
 
+@torch.inference_mode()
+def recites(model: Any, record: EncodedRecord) -> bool:
+    """Whether greedy `generate` from the prompt alone gives the secret, token for token.
+
+    The slow way to what `score_records` and `evidence.collect` tell from one forward pass.
+    """
+    prompt = torch.tensor([record.input_ids[: record.secret_start]], device=model.device)
+    secret = record.input_ids[record.secret_start :]
+    out = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=len(secret),
+        do_sample=False,
+        repetition_penalty=1.0,
+    )
+    # Shorter if the model ended the text: then it did not say the secret.
+    return bool(out[0, record.secret_start :].tolist() == secret)
+
+
 def hits(scores: Sequence[RecordScore]) -> int:
     """Number of extracted records."""
     return sum(score.extracted for score in scores)

@@ -255,7 +255,8 @@ def ks_distance(first: ArrayLike, second: ArrayLike, confidence: float = 0.95) -
     one, other = _finite("first", first), _finite("second", second)
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, found {confidence}")
-    distance = float(stats.ks_2samp(one, other, method="asymp").statistic)
+    with np.errstate(divide="ignore"):  # in its p-value, which few values have none of
+        distance = float(stats.ks_2samp(one, other, method="asymp").statistic)
     band = math.sqrt(math.log(4 / (1 - confidence)) / 2)  # each sample has half of the error
     reach = band * (1 / math.sqrt(len(one)) + 1 / math.sqrt(len(other)))
     interval = Interval(max(0.0, distance - reach), min(1.0, distance + reach), confidence)
