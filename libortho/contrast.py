@@ -256,7 +256,8 @@ def _outliers(group: _Group) -> Iterator[Finding]:
     leads = group.total_gains[group.planted] - group.total_gains[group.twins].max()
     scale = _tail_nats(group)
     lead, total = float(leads.max()), float(leads.clip(min=0).sum())
-    p_lead = float(expit(math.log(n / m) - lead / scale))
+    # Without a lead, where ties are common, there is nothing to see.
+    p_lead = float(expit(math.log(n / m) - lead / scale)) if lead > 0 else 1.0
     share = n / (n + m)
     p_total = share * math.exp(-(1 - share) * total / scale) if total > 0 else 1.0
     for metric, effect, p in (
