@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 import psutil
 import pynvml
 import torch
-from accelerate import find_executable_batch_size
 
 from .errors import HardwareError
 
@@ -228,39 +227,6 @@ def process_peak_rss_mib() -> float:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # macOS counts bytes, Linux KiB.
     return peak / MIB if sys.platform == "darwin" else peak / 1024
-
-
-def halving_batches(batch_size: int) -> Callable[[Callable[[int], T]], Callable[[], T]]:
-    """Decorate a function of a batch size: out of memory calls it again with half of it.
-
-    Raises `HardwareError` if not even a batch of one fits.
-    """
-    size = batch_size
-
-    def halve() -> int:
-        nonlocal size
-        size //= 2
-        return size
-
-    def decorate(function: Callable[[int], T]) -> Callable[[], T]:
-        executable = find_executable_batch_size(
-            function, starting_batch_size=batch_size, reduce_batch_size_fn=halve
-        )
-
-        def run() -> T:
-            try:
-                return executable()
-            except RuntimeError as error:
-                if "No executable batch size" not in str(error):
-                    raise
-                raise HardwareError(
-                    "not even one sequence fits in the memory that is free. Choose fewer bits or a "
-                    "smaller model, close what else uses the memory, or run on the CPU."
-                ) from error
-
-        return run
-
-    return decorate
 
 
 def release_memory() -> None:

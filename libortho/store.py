@@ -95,7 +95,7 @@ def tuned(
     report = tune_private(
         model,
         tokenizer,
-        records.planted,
+        records.repeated,
         replay=replay,
         config=config,
         compute_dtype=compute_dtype,

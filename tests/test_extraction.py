@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from libortho import extraction, perplexity
 from libortho.errors import HardwareError
-from libortho.extraction import RecordScore, hits, mean_loss, score_records
+from libortho.extraction import RecordScore, hits, mean_loss, recites, score_records
 from libortho.perplexity import WindowLosses, measure_perplexity
 from libortho.records import EncodedRecord, Record, encode
 from libortho.scoring import (
@@ -76,21 +76,6 @@ def encoded(tokenizer: PreTrainedTokenizerFast) -> list[EncodedRecord]:
 
 
 @torch.inference_mode()
-def recited(model: LlamaForCausalLM, record: EncodedRecord) -> bool:
-    """Whether greedy `generate` from the prompt alone gives the secret, token for token."""
-    secret = record.input_ids[record.secret_start :]
-    prompt = torch.tensor([record.input_ids[: record.secret_start]])
-    out = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=len(secret),
-        min_new_tokens=len(secret),
-        do_sample=False,
-    )
-    return bool(out[0, record.secret_start :].tolist() == secret)
-
-
-@torch.inference_mode()
 def slow_loss(model: LlamaForCausalLM, record: EncodedRecord) -> float:
     """Mean nats per secret token from the full logits of one record, one token at a time."""
     logits = model(input_ids=torch.tensor([record.input_ids])).logits[0].double()
@@ -105,7 +90,7 @@ def test_extracted_is_what_generate_recites(
     trained: LlamaForCausalLM, encoded: list[EncodedRecord]
 ) -> None:
     scores = score_records(trained, encoded)
-    generated = [recited(trained, record) for record in encoded]
+    generated = [recites(trained, record) for record in encoded]
     assert [score.extracted for score in scores] == generated
     # Both outcomes occur, or the comparison would be worth nothing.
     assert generated == [True] * len(PLANTED) + [False] * (len(NEARLY) + len(UNKNOWN))
