@@ -35,21 +35,40 @@ def hidden_states(model: Any, ids: Tensor) -> Tensor:
     return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
 
 
+class SecretPositions(NamedTuple):
+    """A batch of records as one tensor, and where in it their secrets are predicted.
+
+    ids: int64 `[records, longest]`, padded on the right; no mask is needed, because causal
+        attention never looks there
+    rows, columns: of the state that predicts each secret token, `[secret tokens]`
+    targets: int64 `[secret tokens]`, the secrets' token ids
+    """
+
+    ids: Tensor
+    rows: Tensor
+    columns: Tensor
+    targets: Tensor
+
+
+def secret_positions(records: Sequence[EncodedRecord]) -> SecretPositions:
+    """Where a batch of records has its secrets."""
+    longest = max(len(r.input_ids) for r in records)
+    return SecretPositions(
+        torch.tensor([r.input_ids + [0] * (longest - len(r.input_ids)) for r in records]),
+        torch.tensor([i for i, r in enumerate(records) for _ in r.input_ids[r.secret_start :]]),
+        torch.tensor([t for r in records for t in range(r.secret_start - 1, len(r.input_ids) - 1)]),
+        torch.tensor([t for r in records for t in r.input_ids[r.secret_start :]]),
+    )
+
+
 def secret_logits(model: Any, records: Sequence[EncodedRecord]) -> SecretLogits:
     """One forward pass over a batch of records; the output head sees only what is asked about."""
-    longest = max(len(r.input_ids) for r in records)
-    # Padding on the right needs no mask: causal attention never looks there.
-    ids = torch.tensor([r.input_ids + [0] * (longest - len(r.input_ids)) for r in records])
-    rows = [i for i, r in enumerate(records) for _ in r.input_ids[r.secret_start :]]
-    columns = [t for r in records for t in range(r.secret_start - 1, len(r.input_ids) - 1)]
-    hidden = hidden_states(model, ids)[rows, columns]  # [secret tokens, hidden]
-    targets = [t for r in records for t in r.input_ids[r.secret_start :]]
+    ids, rows, columns, targets = secret_positions(records)
+    hidden = hidden_states(model, ids)
     device = hidden.device
-    return SecretLogits(
-        model.get_output_embeddings()(hidden),
-        torch.tensor(targets, device=device),
-        torch.tensor(rows, device=device),
-    )
+    rows = rows.to(device)
+    hidden = hidden[rows, columns.to(device)]  # [secret tokens, hidden]
+    return SecretLogits(model.get_output_embeddings()(hidden), targets.to(device), rows)
 
 
 def mean_by_owner(values: Tensor, owner: Tensor, records: int) -> Tensor:
