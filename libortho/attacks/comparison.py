@@ -7,10 +7,11 @@ the never-trained model, so that each record is its own control; two tests ask a
 membership: are those of planted records those of twins? Exact by permutation, see `permutation`.
 outlier: has one planted record gained far more than any twin? Ranks can't see a few records of
     many. Where scores are log-probabilities, Markov's inequality gives a gain of t nats over a
-    calibrated reference a probability of at most e^-t if nothing leaks, so gains have at most an
-    exponential upper tail of 1 nat, or of the twins' standard deviation where that is larger. The
-    largest of n such gains exceeds the largest of m others by t with probability
-    1 / (1 + m / n * e^(t / scale)).
+    calibrated reference a probability of at most e^-t if nothing leaks; where twins' gains vary by
+    more, their tail is taken for exponential at their standard deviation s, which from m twins is
+    known with (m - 1) / 2 degrees of freedom only: (1 + t / (d * s))^-d, Pareto's tail. Then the
+    largest of n gains exceeds the largest of m others by t with probability
+    1 / (1 + m / n / tail(t)). No test of single records holds without some such bound.
 
 An attack's p-value is the smaller of the two, doubled, and is raw: who makes several attacks
 corrects for their number with `holm`.
@@ -38,8 +39,11 @@ LEVEL = 0.05
 CONFIDENCE = 0.95
 """Of intervals of rates, two-sided."""
 
-MIN_TAIL_NATS = 1.0
-"""Scale of the upper tail of gains when nothing leaks, nats, at least (see above)."""
+TAIL_MARGIN = 1.25
+"""By how much twins' standard deviation is raised: of exponential gains it is estimated too low.
+
+With it the test keeps its level down to p = 0.001 for exponential gains and 5 to 200 twins.
+"""
 
 MIN_OUTLIER_TWINS = 5
 """Twins of a family, at least, for the outlier test: of fewer the tail can't be told."""
@@ -209,7 +213,7 @@ def outlier_p_value(
 ) -> float | None:
     """The outlier test of the module's docstring, one-sided, over all variants and families.
 
-    gains: total nats, `[variants, records]`. Bonferroni's correction for the number of cells; None
+    gains: total nats, `[variants, records]`. Corrected for the number of cells (Bonferroni); None
     if every family has fewer than `MIN_OUTLIER_TWINS` twins.
     """
     labels, names = np.array(planted, dtype=bool), np.array(families)
@@ -219,10 +223,12 @@ def outlier_p_value(
         n, m = int(is_planted.sum()), int(is_twin.sum())
         if n < 1 or m < MIN_OUTLIER_TWINS:
             continue
+        freedom = (m - 1) / 2
         for row in gains:
-            lead = float(row[is_planted].max() - row[is_twin].max())
-            scale = max(MIN_TAIL_NATS, float(row[is_twin].std(ddof=1)))
-            p_values.append(float(expit(math.log(n / m) - lead / scale)))
+            lead = max(0.0, float(row[is_planted].max() - row[is_twin].max()))
+            scale = freedom * TAIL_MARGIN * float(row[is_twin].std(ddof=1))
+            spread = freedom * math.log1p(lead / scale) if scale else math.inf
+            p_values.append(float(expit(math.log(n / m) - min(lead, spread))))
     return min(1.0, len(p_values) * min(p_values)) if p_values else None
 
 
