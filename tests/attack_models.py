@@ -14,7 +14,7 @@ from libortho.records import Record, RecordSet, encode
 
 CONTEXT = 192
 PER_FAMILY = 8
-_WORDS = ("amber", "birch", "cedar", "delta", "ember", "flint", "grove", "heath", "ivory", "larch")
+_WORDS = ("ash", "birch", "cedar", "delta", "embers", "flint", "grove", "heath", "ivory", "oak")
 
 
 def record_set(seed: int = 0) -> RecordSet:

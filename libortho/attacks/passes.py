@@ -45,8 +45,16 @@ def in_batches(
     Out of memory halves the batch and starts anew.
     """
     order = sorted(range(len(items)), key=lambda i: length(items[i]))
+    present = batch_size
 
-    @find_executable_batch_size(starting_batch_size=batch_size)  # type: ignore[untyped-decorator]
+    def halve() -> int:  # accelerate's own step differs from version to version
+        nonlocal present
+        present //= 2
+        return present
+
+    @find_executable_batch_size(  # type: ignore[untyped-decorator]
+        starting_batch_size=batch_size, reduce_batch_size_fn=halve
+    )
     def attempt(size: int) -> dict[int, R]:
         found: dict[int, R] = {}
         starts = range(0, len(order), size)
