@@ -35,38 +35,48 @@ def hidden_states(model: Any, ids: Tensor) -> Tensor:
     return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
 
 
-def packed_hidden_states(model: Any, sequences: Sequence[Sequence[int]]) -> Tensor:
-    """Last hidden states `[all tokens, hidden]` of sequences of any lengths, one after the other.
+def packed_inputs(model: Any, sequences: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """What the model's body takes to run sequences of any lengths as one row, on its device.
 
-    They run as one row in which each attends to itself alone, so that no padding is computed.
+    Each attends to itself alone, so that no padding is computed. The mask is additive and 4-D, the
+    one form that every attention of transformers takes as it is.
     """
-    ids = torch.tensor([[token for sequence in sequences for token in sequence]])
-    if len(sequences) == 1:
-        return hidden_states(model, ids)[0]
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     owner = torch.repeat_interleave(lengths)  # [all tokens]
-    positions = torch.cat([torch.arange(int(length)) for length in lengths])
     allowed = (owner[:, None] == owner[None, :]).tril()
-    # Additive and 4-D: the one form of mask that every attention of transformers takes as it is.
     mask = torch.zeros(allowed.shape, dtype=model.dtype)
     mask.masked_fill_(~allowed, torch.finfo(model.dtype).min)
-    device = model.device
-    return model.base_model(
-        input_ids=ids.to(device),
-        attention_mask=mask[None, None].to(device),
-        position_ids=positions[None].to(device),
-        use_cache=False,
-    ).last_hidden_state[0]
+    inputs = {
+        "input_ids": torch.tensor([[token for sequence in sequences for token in sequence]]),
+        "position_ids": torch.cat([torch.arange(int(length)) for length in lengths])[None],
+        "attention_mask": mask[None, None],
+    }
+    if len(sequences) == 1:  # a plain causal pass has faster kernels without a mask
+        del inputs["attention_mask"]
+    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
 
 
-def secret_logits(model: Any, records: Sequence[EncodedRecord]) -> SecretLogits:
-    """One forward pass over a batch of records; the output head sees only what is asked about."""
-    hidden = packed_hidden_states(model, [record.input_ids for record in records])
-    return secret_logits_of(model, hidden, records)
+def packed_hidden_states(model: Any, sequences: Sequence[Sequence[int]]) -> Tensor:
+    """Last hidden states `[all tokens, hidden]` of sequences of any lengths, in their order."""
+    inputs = packed_inputs(model, sequences)
+    return model.base_model(**inputs, use_cache=False).last_hidden_state[0]
 
 
-def secret_logits_of(model: Any, hidden: Tensor, records: Sequence[EncodedRecord]) -> SecretLogits:
-    """The same from the records' hidden states `[at least all tokens, hidden]`, packed in order."""
+class SecretPlaces(NamedTuple):
+    """Where packed records have their secrets, int64 `[secret tokens]` each.
+
+    places: of the states that predict secret tokens, in the row of all records
+    targets: the secrets' token ids
+    owner: the record of the batch that each belongs to
+    """
+
+    places: Tensor
+    targets: Tensor
+    owner: Tensor
+
+
+def secret_places(records: Sequence[EncodedRecord]) -> SecretPlaces:
+    """The places of a batch of records that run packed, in this order."""
     places: list[int] = []
     targets: list[int] = []
     owner: list[int] = []
@@ -77,12 +87,20 @@ def secret_logits_of(model: Any, hidden: Tensor, records: Sequence[EncodedRecord
         targets += ids[first:]
         owner += [i] * (len(ids) - first)
         start += len(ids)
-    device = hidden.device
-    return SecretLogits(
-        model.get_output_embeddings()(hidden[places]),  # [secret tokens, vocabulary]
-        torch.tensor(targets, device=device),
-        torch.tensor(owner, device=device),
-    )
+    return SecretPlaces(*map(torch.tensor, (places, targets, owner)))
+
+
+def secret_logits(model: Any, records: Sequence[EncodedRecord]) -> SecretLogits:
+    """One forward pass over a batch of records; the output head sees only what is asked about."""
+    hidden = packed_hidden_states(model, [record.input_ids for record in records])
+    return secret_logits_of(model, hidden, records)
+
+
+def secret_logits_of(model: Any, hidden: Tensor, records: Sequence[EncodedRecord]) -> SecretLogits:
+    """The same from hidden states `[tokens, hidden]` that begin with the records', packed."""
+    places, targets, owner = (t.to(hidden.device) for t in secret_places(records))
+    logits = model.get_output_embeddings()(hidden[places])  # [secret tokens, vocabulary]
+    return SecretLogits(logits, targets, owner)
 
 
 def mean_by_owner(values: Tensor, owner: Tensor, records: int) -> Tensor:

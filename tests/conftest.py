@@ -5,6 +5,7 @@ Nothing here needs a network. Models are small enough that a separation takes we
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +26,11 @@ settings.load_profile("no deadline")
 # On matrices this small a second thread only waits for the first, for milliseconds a call on a busy
 # machine.
 torch.set_num_threads(1)
+
+# accelerate collects garbage before every batched pass: half a second each, if it has to look
+# through all that torch and transformers made at import.
+gc.collect()
+gc.freeze()
 
 END = "<end>"
 SENTENCES = (
