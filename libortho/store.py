@@ -30,7 +30,7 @@ from .separation import separate
 from .tuning import tune_private
 
 _SEPARATING = ("calibration", "lattice", "linear", "precision", "separation", "stream", "windows")
-_TUNING = ("scoring", "tuning")
+_TUNING = ("scoring", "training", "tuning")
 """Modules whose text is part of the keys."""
 
 
