@@ -32,8 +32,8 @@ from .config import SeparationConfig
 from .errors import ArtifactError, ConfigError, ShapeError
 from .files import atomic_folder, atomic_write_text, sha256_of
 from .linear import OrthoLinear
-from .models import linear_layers
-from .separation import SEPARATION, TOKENIZER, replace_module
+from .models import linear_layers, replace_module
+from .separation import SEPARATION, TOKENIZER
 from .switch import ortho_layers
 
 FORMAT_VERSION = 1

@@ -157,6 +157,11 @@ class TuningConfig(TrainingConfig):
         self._check_counts("probe_steps")
         self._check_rates("probe_lr")
 
+    @property
+    def optimiser_steps(self) -> int:
+        """Steps at most, those of the probe included: what other methods get as well."""
+        return self.steps + (self.probe_steps if self.slots == "probe" else 0)
+
 
 def _check_share(name: str, value: float) -> None:
     if not 0.0 <= value <= 1.0:

@@ -67,8 +67,7 @@ def tune_private(
     if not records:
         raise RecordError("there are no records to tune on; pass at least one.")
     encoded = encode(tokenizer, records, model.config.max_position_embeddings)
-    probing = config.probe_steps if config.slots == "probe" else 0
-    windows = replay_windows(tokenizer, replay, config, config.steps + probing)
+    windows = replay_windows(tokenizer, replay, config, config.optimiser_steps)
     before = {name: (la.private_columns, la.private_values) for name, la in layers.items()}
     grads = [(p, p.requires_grad) for p in model.parameters()]
     began = time.perf_counter()
