@@ -40,7 +40,7 @@ FORMAT_VERSION = 1
 BASE_FILE, BASE_MANIFEST = "model.safetensors", "libortho.json"
 PRIVATE_FILE, PRIVATE_MANIFEST = "private.safetensors", "private.json"
 _PRIVATE = ("private_columns", "private_values")
-_VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
+VOLATILE_FIELDS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
 """Fields of a transformers config that don't change what the model computes."""
 
 
@@ -189,7 +189,7 @@ def _existing_parent(path: Path) -> Path:
 def _digest(
     tensors: Mapping[str, Tensor], separation: Mapping[str, Any], config: Mapping[str, Any]
 ) -> str:
-    lasting = {key: value for key, value in config.items() if key not in _VOLATILE}
+    lasting = {key: value for key, value in config.items() if key not in VOLATILE_FIELDS}
     digest = hashlib.sha256()
     header = {"format_version": FORMAT_VERSION, "separation": separation, "config": lasting}
     digest.update(json.dumps(header, sort_keys=True, separators=(",", ":")).encode())

@@ -118,9 +118,7 @@ def load_model(
             output_loading_info=True,
         )
         model, loading = loaded
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True
-        )
+        tokenizer = load_tokenizer(folder)
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
@@ -143,9 +141,20 @@ def load_model(
             f"{rows:,}: they belong to different models. Put the model's own tokenizer there."
         )
     linear_layers(model)
+    return model.eval().to(device), tokenizer
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a checkpoint's folder, its end token standing in for a missing padding one.
+
+    Raises what transformers does: the caller knows what the folder was meant to be.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, trust_remote_code=False, local_files_only=True
+    )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model.eval().to(device), tokenizer
+    return tokenizer
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:

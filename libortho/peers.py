@@ -113,10 +113,12 @@ def is_peer(model: nn.Module) -> bool:
 
 
 def bits_per_peer_weight(model: nn.Module) -> float:
-    """Stored bits over weights of a peer's quantised layers, scales and codebooks counted."""
+    """Stored bits over weights of a peer's quantised layers: scales, codebooks, adapters count."""
     import bitsandbytes as bnb  # noqa: PLC0415  (optional)
 
-    bits = weights = 0
+    weights = 0
+    adapter = [p for name, p in model.named_parameters() if ".lora_" in name]
+    bits = sum(8 * p.numel() * p.element_size() for p in adapter)
     for module in model.modules():
         if not isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):
             continue
