@@ -13,24 +13,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from .blind_hessian import blind_hessian
-from .blind_kfac import blind_kfac
+from . import blind_hessian, blind_kfac, int4, ortho, qlora
 from .ingredients import Ingredients
-from .int4 import dense_int4
-from .ortho import never_trained, ortho, random_slots, saved
-from .pair import pair
-from .qlora import qlora
+from .ortho import saved_artefact
+from .pair import checkpoint_pair
 from .states import Fingerprints, TwoStates
 
 METHODS: Mapping[str, Callable[[Ingredients], TwoStates]] = {
-    "ortho": ortho,
-    "qlora": qlora,
-    "blind-hessian": blind_hessian,
-    "blind-kfac": blind_kfac,
-    "B0-never-trained": never_trained,
-    "B1-dense-int4": dense_int4,
-    "B2-random-slots": random_slots,
+    "ortho": ortho.prepare,
+    "qlora": qlora.prepare,
+    "blind-hessian": blind_hessian.prepare,
+    "blind-kfac": blind_kfac.prepare,
+    "B0-never-trained": ortho.never_trained,
+    "B1-dense-int4": int4.prepare,
+    "B2-random-slots": ortho.random_slots,
 }
 """Every row of a comparison, by the name that its `TwoStates` has."""
 
-__all__ = ["METHODS", "Fingerprints", "Ingredients", "TwoStates", "pair", "saved"]
+__all__ = [
+    "METHODS",
+    "Fingerprints",
+    "Ingredients",
+    "TwoStates",
+    "checkpoint_pair",
+    "saved_artefact",
+]

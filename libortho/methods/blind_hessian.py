@@ -24,7 +24,7 @@ PROMISE = "none: off is the fine-tuned model, rounded, without the entries that 
 _CODE = ("calibration", "lattice", "linear", "separation", "stream", "methods/blind_hessian")
 
 
-def blind_hessian(ingredients: Ingredients) -> TwoStates:
+def prepare(ingredients: Ingredients) -> TwoStates:
     """On is base + ortho, off the base alone, exported and read back."""
     dense, report = fine_tuned(ingredients)
     full, never = (_split(model, ingredients) for model in (dense, ingredients.resolved))

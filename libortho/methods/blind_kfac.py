@@ -97,7 +97,7 @@ class Candidate:
     ppl_ratio: float
 
 
-def blind_kfac(ingredients: Ingredients, config: KfacConfig | None = None) -> TwoStates:
+def prepare(ingredients: Ingredients, config: KfacConfig | None = None) -> TwoStates:
     """On is the fine-tuned checkpoint, off the edited one; the search is in the report."""
     config = config or KfacConfig()
     dense, training = fine_tuned(ingredients)

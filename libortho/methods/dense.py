@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,20 +28,13 @@ _TRAINED_BYTES = 4 * 4
 """Of a trained weight: itself, its gradient and Adam's two moments, in float32 each."""
 
 
-@dataclass(frozen=True)
-class DenseConfig(TrainingConfig):
-    """How all linear weights are trained; the fields are `TrainingConfig`'s."""
-
-    lr: float = 1e-4
-
-
 def fine_tune(
     model: Any,
     tokenizer: Any,
     records: Sequence[Record],
     *,
     replay: Sequence[str],
-    config: DenseConfig | None = None,
+    config: TrainingConfig,
     compute_dtype: torch.dtype = torch.float32,
 ) -> TrainingReport:
     """Train the linear weights of a plain float32 model on records, in place.
@@ -56,7 +48,6 @@ def fine_tune(
     context, `HardwareError` if memory doesn't suffice; after an interruption the weights are
     half-trained and of no use.
     """
-    config = config or DenseConfig()
     if not records:
         raise RecordError("there are no records to fine-tune on; pass at least one.")
     encoded = encode(tokenizer, records, model.config.max_position_embeddings)
@@ -90,7 +81,7 @@ def fine_tuned(ingredients: Ingredients) -> tuple[ResolvedModel, dict[str, Any]]
     It is kept as a plain checkpoint in the public one's dtype, as its owner would hand it out.
     """
     resolved = ingredients.resolved
-    config = DenseConfig(**ingredients.equal_budget())
+    config = TrainingConfig(**ingredients.equal_budget(ingredients.dense_lr))
     folder = store.place(
         f"{resolved.name}-dense",
         code=_CODE,

@@ -6,7 +6,6 @@ which it is kept.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,9 @@ class Ingredients:
     corpus: calibration chooses ranges, residuals and curvature; replay is trained with
     records: the planted ones are taught
     separation: bits, group size and residual of whatever is quantised by us
-    tuning: the budget of every training: steps, replay, batches, target and seed
+    tuning: how the private stream is trained, and the budget of every other training: steps,
+        replay, batches, target and seed
+    dense_lr, adapter_lr: peak learning rates of the others; what is right depends on what learns
     compute_dtype: of activations and unpacked weights
     cache_dir: where what was prepared is kept; None is the default
     """
@@ -37,6 +38,8 @@ class Ingredients:
     records: RecordSet
     separation: SeparationConfig = field(default_factory=SeparationConfig)
     tuning: TuningConfig = field(default_factory=TuningConfig)
+    dense_lr: float = 1e-4
+    adapter_lr: float = 1e-3
     compute_dtype: torch.dtype = torch.float32
     device: str = "cpu"
     cache_dir: str | Path | None = None
@@ -46,13 +49,11 @@ class Ingredients:
         """Kinds of devices compute differently; cards of a kind are taken as equal."""
         return torch.device(self.device).type
 
-    def equal_budget(self) -> Mapping[str, Any]:
-        """Fields of a `TrainingConfig` that give a method as much as tuning gives ours.
-
-        The learning rate is not among them: what is right depends on what learns.
-        """
+    def equal_budget(self, lr: float) -> dict[str, Any]:
+        """Fields of a `TrainingConfig` that give a method as much as tuning gives ours."""
         tuning = self.tuning
         return {
+            "lr": lr,
             "steps": tuning.optimiser_steps,
             "replay_weight": tuning.replay_weight,
             "replay_window": tuning.replay_window,

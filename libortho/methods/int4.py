@@ -20,7 +20,7 @@ from .states import TwoStates
 PROMISE = "none: off is the fine-tuned model, rounded"
 
 
-def dense_int4(ingredients: Ingredients) -> TwoStates:
+def prepare(ingredients: Ingredients) -> TwoStates:
     """On is the fine-tuned checkpoint, off its weights rounded to nearest on a min-max range."""
     dense, report = fine_tuned(ingredients)
     recipe = plain(ingredients.separation)

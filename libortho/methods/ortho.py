@@ -24,7 +24,7 @@ from .states import TwoStates
 PROMISE = "off has the same bytes as the model that never saw the records"
 
 
-def ortho(ingredients: Ingredients) -> TwoStates:
+def prepare(ingredients: Ingredients) -> TwoStates:
     """base + residual from public inputs, private stream tuned on the records."""
     return _tuned("ortho", ingredients)
 
@@ -56,7 +56,7 @@ def never_trained(ingredients: Ingredients) -> TwoStates:
     )
 
 
-def saved(full: Path, ingredients: Ingredients) -> TwoStates:
+def saved_artefact(full: Path, ingredients: Ingredients) -> TwoStates:
     """An artefact that `libortho.save` wrote: on is all of it, off its exported base.
 
     The control is the public model of `ingredients`, separated by the artefact's own recipe. Raises

@@ -14,7 +14,7 @@ from .states import TwoStates
 PROMISE = "unknown: both checkpoints came from outside"
 
 
-def pair(
+def checkpoint_pair(
     public: ResolvedModel,
     private: ResolvedModel,
     ingredients: Ingredients,

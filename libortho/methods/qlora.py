@@ -1,7 +1,8 @@
 """QLoRA as two states: a low-rank adapter of peft on a base that bitsandbytes quantised to NF4.
 
 Knows peft and bitsandbytes, as their users run them (Dettmers et al. 2023). On is base + adapter;
-off is the base that the adapter was trained on, once the adapter is taken out.
+off is the base that the adapter was trained on, once the adapter is taken out. peft is imported
+where it is needed, because that takes seconds and most runs don't need it.
 """
 
 from __future__ import annotations
@@ -11,11 +12,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.helpers import rescale_adapter_scale
 
 from .. import store
 from ..config import TrainingConfig
@@ -30,6 +29,9 @@ from ..training import Trainer, TrainingReport, replay_windows
 from .ingredients import Ingredients
 from .states import TwoStates, running
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 PROMISE = "off has the same bytes as the model that never saw the records; there is no residual"
 _CODE = ("peers", "precision", "scoring", "training", "windows", "methods/qlora")
 
@@ -42,7 +44,6 @@ class QloraConfig(TrainingConfig):
     lora_alpha: over the rank, what the update is multiplied by
     """
 
-    lr: float = 1e-3
     rank: int = 8
     lora_alpha: int = 16
 
@@ -56,6 +57,8 @@ def attach(model: Any, config: QloraConfig) -> PeftModel:
 
     `model` itself is changed, and stays the transformers model that is run.
     """
+    from peft import LoraConfig, get_peft_model  # noqa: PLC0415
+
     recipe = LoraConfig(
         r=config.rank,
         lora_alpha=config.lora_alpha,
@@ -95,7 +98,7 @@ def train_adapter(
     return trainer.report(compute_dtype)
 
 
-def qlora(ingredients: Ingredients) -> TwoStates:
+def prepare(ingredients: Ingredients) -> TwoStates:
     """An NF4 base from the public model, and an adapter trained on the planted records."""
     folder, report = _adapter(ingredients)
 
@@ -107,12 +110,17 @@ def qlora(ingredients: Ingredients) -> TwoStates:
             device=ingredients.device,
         )
 
+    def adapted() -> PeftModel:
+        from peft import PeftModel  # noqa: PLC0415
+
+        return PeftModel.from_pretrained(base(), str(folder))
+
     def on() -> Any:
-        return PeftModel.from_pretrained(base(), folder).get_base_model()
+        return adapted().get_base_model()
 
     def off() -> Any:
         # The base comes out from under the adapter: had it been changed there, it would show.
-        return PeftModel.from_pretrained(base(), folder).unload()
+        return adapted().unload()
 
     return TwoStates(
         name="qlora",
@@ -130,7 +138,7 @@ def qlora(ingredients: Ingredients) -> TwoStates:
 
 def _adapter(ingredients: Ingredients) -> tuple[Path, dict[str, Any]]:
     resolved = ingredients.resolved
-    config = QloraConfig(**ingredients.equal_budget())
+    config = QloraConfig(**ingredients.equal_budget(ingredients.adapter_lr))
     folder = store.place(
         f"{resolved.name}-qlora",
         code=_CODE,
@@ -169,5 +177,7 @@ def _adapter(ingredients: Ingredients) -> tuple[Path, dict[str, Any]]:
 @contextmanager
 def _scaled(model: Any, alpha: float) -> Iterator[Any]:
     """Run a block with the adapter's update multiplied by alpha."""
+    from peft.helpers import rescale_adapter_scale  # noqa: PLC0415
+
     with rescale_adapter_scale(model, alpha):
         yield model
