@@ -229,6 +229,13 @@ def process_peak_rss_mib() -> float:
     return peak / MIB if sys.platform == "darwin" else peak / 1024
 
 
+def free_bytes(device: str | torch.device) -> int:
+    """Memory that is free on a CUDA device, or on the host for any other one."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return _host_memory()[1]
+
+
 def release_memory() -> None:
     """Collect garbage, and give torch's cached GPU memory back if CUDA was started."""
     gc.collect()

@@ -109,11 +109,16 @@ def mean_by_owner(values: Tensor, owner: Tensor, records: int) -> Tensor:
     return total / torch.bincount(owner, minlength=records)
 
 
-def secret_losses(model: Any, records: Sequence[EncodedRecord]) -> Tensor:
-    """Mean nats per secret token of each record, float32 `[len(records)]`."""
-    logits, targets, owner = secret_logits(model, records)
+def losses_by_record(predicted: SecretLogits, records: int) -> Tensor:
+    """Mean nats per secret token of each record, float32 `[records]`."""
+    logits, targets, owner = predicted
     losses = F.cross_entropy(logits.float(), targets, reduction="none")
-    return mean_by_owner(losses, owner, len(records))
+    return mean_by_owner(losses, owner, records)
+
+
+def secret_losses(model: Any, records: Sequence[EncodedRecord]) -> Tensor:
+    """The same of a batch of records, from a forward pass of their own."""
+    return losses_by_record(secret_logits(model, records), len(records))
 
 
 def window_losses(model: Any, windows: Tensor) -> Tensor:
