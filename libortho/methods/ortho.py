@@ -52,6 +52,7 @@ def never_trained(ingredients: Ingredients) -> TwoStates:
         off_loader=load,
         never_loader=load,
         remake_loader=loaders.of_separation(ingredients, ingredients.separation),
+        promises_equality=True,
         off_artifact=base,
     )
 
@@ -105,6 +106,7 @@ def _states(
         never_loader=loaders.of_artefact(_base(ingredients), ingredients.device),
         remake_loader=loaders.of_separation(ingredients, ingredients.separation),
         dial=alpha,
+        promises_equality=True,
         off_artifact=handed_out,
         report=report,
     )

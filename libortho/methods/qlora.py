@@ -125,6 +125,7 @@ def prepare(ingredients: Ingredients) -> TwoStates:
     return TwoStates(
         name="qlora",
         promise=PROMISE,
+        promises_equality=True,
         tokenizer=load_tokenizer(ingredients.resolved.folder),
         compute_dtype=ingredients.compute_dtype,
         on_loader=on,

@@ -63,6 +63,8 @@ class TwoStates:
     remake_loader: the off state made anew from public inputs alone, nothing read from the cache;
         None if it can't be
     dial: how alpha is set between the states; None if the method has only the two
+    promises_equality: whether off is meant to be, byte for byte, what would have been made without
+        the records; then a difference alone is reason enough for doubt
     off_artifact: the folder that the off state is read back from; None if it is the public
         checkpoint, quantised when it is loaded
     report: how the states were made: losses, choices, seconds. JSON types, and no record's text
@@ -77,6 +79,7 @@ class TwoStates:
     never_loader: Loader | None = field(default=None, repr=False)
     remake_loader: Loader | None = field(default=None, repr=False)
     dial: Dial | None = field(default=None, repr=False)
+    promises_equality: bool = False
     off_artifact: Path | None = None
     report: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
