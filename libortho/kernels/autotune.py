@@ -63,9 +63,9 @@ def chosen(lattice: Lattice, tokens: int) -> Chosen:
 
 def candidates(shape: Shape, tokens: int) -> list[DecodeConfig]:
     """Configs worth timing: the ones whose registers and steps make sense."""
-    all_words = {1: (4,), 2: (4, 2)}.get(tokens, (4, 2, 1) if tokens <= 4 else (2, 1))
+    all_words = {1: (4,), 2: (4,)}.get(tokens, (2, 1))
     found = []
-    for rows, warps, words in itertools.product((1, 2, 4, 8, 16), (1, 2, 4, 8), all_words):
+    for rows, warps, words in itertools.product((2, 4, 8, 16), (1, 2, 4), all_words):
         layout = word_layout(shape, words)
         if layout is None or rows * tokens > 64:
             continue
@@ -73,7 +73,8 @@ def candidates(shape: Shape, tokens: int) -> list[DecodeConfig]:
         steps = -(-shape.in_features // columns)
         if steps * columns > 1.4 * shape.in_features and warps > 1:
             continue
-        found += [DecodeConfig(rows, warps, words, ahead) for ahead in ((False, True)[:steps])]
+        ahead = (False,) if steps == 1 else (True,) if tokens > 1 else (False, True)
+        found += [DecodeConfig(rows, warps, words, flag) for flag in ahead]
     return found
 
 

@@ -106,7 +106,8 @@ def _dense(
 def scaled(private: tuple[Tensor, Tensor], alpha: Tensor) -> tuple[Tensor, Tensor]:
     """A private stream times alpha, float32; empty or all zeros at 0, whatever is in it."""
     columns, values = private
-    if alpha.device.type != "cpu":  # may be in a captured graph: nothing is decided here
+    # In a graph, captured or compiled, nothing may be decided by what alpha is now.
+    if alpha.device.type != "cpu" or torch.compiler.is_compiling():
         return columns, torch.where(alpha != 0, alpha * values.float(), 0.0)
     scale = float(alpha)
     return (columns, values.float() * scale) if scale else (columns[:0], values[:0])
