@@ -360,7 +360,7 @@ def test_an_interruption_leaves_the_former_stream(
         return original(self, closure)
 
     if where == "slots":  # in the backward pass of the first gradient
-        monkeypatch.setattr("libortho.linear._ObservedProduct.backward", interrupt)
+        monkeypatch.setattr("libortho.product._Product.backward", interrupt)
     elif where == "probe":
         monkeypatch.setattr(torch.optim.Adam, "step", interrupt)
     elif where == "step":
