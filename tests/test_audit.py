@@ -25,8 +25,8 @@ from libortho.audit import (
 )
 from libortho.config import SeparationConfig, TuningConfig
 from libortho.contrast import POWER, Finding
-from libortho.evidence import Evidence, collect, compressed_bytes
-from libortho.records import Record, encode, make_codes, plant
+from libortho.evidence import Evidence, collect_set
+from libortho.records import Record, make_codes, plant
 from libortho.separation import separate
 from libortho.simulation import FAMILIES, OffState, SimulatedFamily, SimulatedStates, simulate
 from libortho.switch import alpha, ortho_layers
@@ -361,17 +361,7 @@ def test_a_private_stream_that_was_left_in_is_caught_in_a_real_model(
     separate(model, tokenizer, public_text, config=small_separation)
 
     def evidence(of: LlamaForCausalLM) -> list[Evidence]:
-        return [
-            e
-            for planted, group in ((True, records.planted), (False, records.twins))
-            for e in collect(
-                of,
-                encode(tokenizer, group, 256),
-                planted=planted,
-                zlib_bytes=[compressed_bytes(record.secret) for record in group],
-                batch_size=n,
-            )
-        ]
+        return collect_set(of, tokenizer, records, batch_size=n)
 
     never = evidence(model)
     recipe = TuningConfig(
