@@ -43,9 +43,9 @@ AUDIT_SIGNIFICANCE = 0.05
 # against none proves a privacy ratio of 6; fewer prove next to nothing.
 MIN_AUDIT_RECORDS = 20
 
-# Planted records, and twins, of each family, at least: the fewest whose full separation, with a
-# p-value of 1.8e-4 by Mann and Whitney's test, is significant after a correction over the tests of
-# five families. Of fewer it could not be seen if they alone leaked.
+# Planted records, and twins, of each family, at least: the full separation of 10 from 10, a p-value
+# of 1.8e-4 by Mann and Whitney's test, survives a correction over 270 tests, four times those of
+# five families. Of many fewer it could not be seen if they alone leaked.
 MIN_FAMILY_RECORDS = 10
 
 # Mean shift of the loss on twins between the off state and the never-trained model, nats per token,

@@ -1,7 +1,7 @@
 """Evidence: everything that one batched forward pass says about a record.
 
-Knows models and encoded records. It knows no text, judges nothing and compares nothing: scores are
-`membership`'s, verdicts are `audit`'s.
+Knows models and records, and of text only how far it compresses. It judges nothing and compares
+nothing: scores are `membership`'s, verdicts are `audit`'s.
 
 Evidence is as confidential as the secrets. Under a public model the exact log-probability of a
 token, or its rank, tells which token it was; so evidence stays in memory, and results carry what
@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from libortho.batching import halving
-from libortho.records import EncodedRecord
+from libortho.records import EncodedRecord, RecordSet, encode
 from libortho.scoring import secret_logits, secret_losses
 
 
@@ -75,6 +75,34 @@ class Evidence:
 def compressed_bytes(text: str) -> int:
     """Size of a text after zlib at its default level, bytes; the empty text takes 8."""
     return len(zlib.compress(text.encode()))
+
+
+def collect_set(
+    model: Any, tokenizer: Any, records: RecordSet, *, batch_size: int = 8, title: str = "evidence"
+) -> list[Evidence]:
+    """Evidence about a whole set: its planted records, then its twins.
+
+    Args:
+        model: a causal language model in the state that is examined.
+        tokenizer: the model's.
+        records: planted records and twins.
+        batch_size: records a forward pass, to begin with; out of memory halves it.
+        title: what the progress bar says.
+
+    Raises:
+        RecordError: a record gives no token, or too many for the model's context.
+    """
+    evidence = []
+    for planted, group in ((True, records.planted), (False, records.twins)):
+        evidence += collect(
+            model,
+            encode(tokenizer, group, model.config.max_position_embeddings),
+            planted=planted,
+            zlib_bytes=[compressed_bytes(record.secret) for record in group],
+            batch_size=batch_size,
+            title=f"{title}, {'planted' if planted else 'twins'}",
+        )
+    return evidence
 
 
 @torch.inference_mode()

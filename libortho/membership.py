@@ -8,7 +8,7 @@ so that planted records should not have higher ones than twins.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,7 +74,7 @@ def zlib_score(evidence: Evidence) -> float:
 
 def min_k_score(evidence: Evidence, share: float = MIN_K_SHARE) -> float:
     """Min-k %: mean log-probability of the worst predicted tokens, nats (Shi et al. 2024)."""
-    return _mean_of_lowest(np.array(evidence.token_logprobs), share)
+    return _mean_of_lowest(evidence.token_logprobs, share)
 
 
 def min_k_plus_plus_score(evidence: Evidence, share: float = MIN_K_SHARE) -> float:
@@ -82,8 +82,8 @@ def min_k_plus_plus_score(evidence: Evidence, share: float = MIN_K_SHARE) -> flo
 
     Each is taken from the mean and the deviation of the model's own distribution at its position.
     """
-    deviations = np.maximum(evidence.deviations, _LEAST_DEVIATION)
-    standardised = (np.array(evidence.token_logprobs) - np.array(evidence.means)) / deviations
+    predictions = zip(evidence.token_logprobs, evidence.means, evidence.deviations, strict=True)
+    standardised = [(p - mean) / max(sd, _LEAST_DEVIATION) for p, mean, sd in predictions]
     return _mean_of_lowest(standardised, share)
 
 
@@ -202,6 +202,7 @@ def attack_auc(planted: ArrayLike, twins: ArrayLike, confidence: float = 0.95) -
     n, m = len(positive), len(negative)
     labels = np.repeat([1, 0], [n, m])
     auc = float(roc_auc_score(labels, np.concatenate([positive, negative])))
+    auc = round(auc * 2 * n * m) / (2 * n * m)  # half pairs are counted: undo rounding, also at 1
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, found {confidence}")
     critical = float(stats.norm.ppf(0.5 + confidence / 2))
@@ -263,11 +264,11 @@ def ks_distance(first: ArrayLike, second: ArrayLike, confidence: float = 0.95) -
     return Estimate(distance, interval)
 
 
-def _mean_of_lowest(values: NDArray[np.float64], share: float) -> float:
+def _mean_of_lowest(values: Sequence[float], share: float) -> float:
     if not 0 < share <= 1:
         raise ValueError(f"a share of the tokens lies in (0, 1], found {share}")
     count = max(1, int(share * len(values)))
-    return float(np.sort(values)[:count].mean())
+    return math.fsum(sorted(values)[:count]) / count
 
 
 def _finite(name: str, values: ArrayLike) -> NDArray[np.float64]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from typing import Any
 
@@ -24,12 +25,13 @@ from libortho.audit import (
 )
 from libortho.config import SeparationConfig, TuningConfig
 from libortho.contrast import POWER, Finding
-from libortho.evidence import Evidence, collect, compressed_bytes
-from libortho.records import Record, encode, make_codes, plant
+from libortho.evidence import Evidence, collect_set
+from libortho.records import Record, make_codes, plant
 from libortho.separation import separate
 from libortho.simulation import FAMILIES, OffState, SimulatedFamily, SimulatedStates, simulate
 from libortho.switch import alpha, ortho_layers
 from libortho.tuning import tune_private
+from libortho.typed_json import check_json_values, from_json
 
 Factory = Callable[..., LlamaForCausalLM]
 
@@ -74,13 +76,11 @@ def judged(states: SimulatedStates, **options: Any) -> AuditVerdict:
     ],
 )
 def test_a_known_leak_is_caught(off: OffState) -> None:
-    for seed in range(3):
-        verdict = judged(drawn(off, seed=seed, per_family=20, families=FAMILIES))
+    for seed in range(2):
+        states = drawn(off, seed=seed, per_family=20, families=FAMILIES)
+        verdict = judged(states, fingerprint_equal=seed == 0 or None)
         assert verdict.verdict == "leaks", verdict.reason
         assert not verdict.is_private
-        assert not judged(
-            drawn(off, seed=seed, per_family=20, families=FAMILIES), fingerprint_equal=True
-        ).is_private
 
 
 def test_the_reason_names_the_metric_the_amount_and_the_family() -> None:
@@ -286,6 +286,15 @@ def test_impossible_arguments_are_refused() -> None:
             judged(states, significance=level)
 
 
+@pytest.mark.parametrize("off", [OffState(), OffState(leak=0.5), OffState(noise=True)])
+def test_verdicts_go_into_results_and_come_back(off: OffState) -> None:
+    states = drawn(off)
+    for verdict in (judged(states), audit(states.off, states.never, None), audit([], [], None)):
+        content = asdict(verdict)
+        check_json_values(content)
+        assert from_json(AuditVerdict, json.loads(json.dumps(content))) == verdict
+
+
 # ---------------------------------------------------------------- error rate and power
 
 
@@ -303,7 +312,7 @@ def test_clean_models_stay_green_at_the_stated_rate() -> None:
 def test_other_models_that_never_saw_the_records_are_not_accused() -> None:
     """Another quantiser, and training on others of the format: not private, but no leak."""
     rng = np.random.default_rng(21)
-    audits = 60
+    audits = 40
     found = Counter(
         judged(drawn(OffState(wander=0.5, format_share=0.3), seed=rng)).verdict
         for _ in range(audits)
@@ -313,7 +322,7 @@ def test_other_models_that_never_saw_the_records_are_not_accused() -> None:
 
 def test_power_grows_with_the_leak_and_holds_at_the_stated_size() -> None:
     rng = np.random.default_rng(22)
-    audits, wander = 30, 0.05
+    audits, wander = 25, 0.05
     stated = []
     for _ in range(5):
         seen = judged(drawn(OffState(wander=wander), seed=rng)).sensitivity
@@ -341,9 +350,9 @@ def test_a_private_stream_that_was_left_in_is_caught_in_a_real_model(
     small_separation: SeparationConfig,
 ) -> None:
     """alpha = 0 passes, and 1 %, 5 % and 25 % of alpha, and INT4 of the whole, do not."""
-    n = 30
+    n = 20
     codes = [
-        Record(code.id, code.prompt[-24:], code.secret[:6], "codes")
+        Record(code.id, code.prompt[-16:], code.secret[:6], "codes")
         for code in make_codes(2 * n, seed=0)
     ]
     records = plant([codes], seed=0)
@@ -352,17 +361,7 @@ def test_a_private_stream_that_was_left_in_is_caught_in_a_real_model(
     separate(model, tokenizer, public_text, config=small_separation)
 
     def evidence(of: LlamaForCausalLM) -> list[Evidence]:
-        return [
-            e
-            for planted, group in ((True, records.planted), (False, records.twins))
-            for e in collect(
-                of,
-                encode(tokenizer, group, 256),
-                planted=planted,
-                zlib_bytes=[compressed_bytes(record.secret) for record in group],
-                batch_size=n,
-            )
-        ]
+        return collect_set(of, tokenizer, records, batch_size=n)
 
     never = evidence(model)
     recipe = TuningConfig(

@@ -8,9 +8,12 @@ import re
 import uuid
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from libortho import scoring
 from libortho.audit_records import (
     EXPOSURE_REFERENCES,
     FAMILIES,
@@ -18,8 +21,9 @@ from libortho.audit_records import (
     make_audit_records,
     reshape_references,
 )
+from libortho.config import TuningConfig
 from libortho.errors import RecordError
-from libortho.records import Record, RecordSet, make_codes, make_default_records
+from libortho.records import EncodedRecord, Record, RecordSet, make_codes, make_default_records
 from libortho.synthetic import (
     MIN_TRAP_WORDS,
     TRAP_PROMPT_WORDS,
@@ -29,6 +33,7 @@ from libortho.synthetic import (
     draw_uuids,
     trap_words,
 )
+from libortho.tuning import tune_private
 
 SHAPES = {
     "codes": r" \d{9}",
@@ -88,6 +93,29 @@ def test_repetitions_take_turns_within_a_family_and_twins_have_none(records: Rec
     assert {r.repetitions for r in records.twins} == {1}
     assert len(records.repeated) == 5 * sum((1, 4, 16, 64, 1, 4, 16, 64, 1, 4))
     assert records.source.endswith("planted 1, 4, 16, 64 times in turn")
+
+
+def test_a_tuning_sees_a_record_as_often_as_it_is_repeated(
+    separated_model: Callable[..., LlamaForCausalLM],
+    tokenizer: PreTrainedTokenizerFast,
+    documents: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    records = make_audit_records(4, 0, documents, families=("codes",), repetitions=(1, 5))
+    seen: Counter[str] = Counter()
+    real = scoring.secret_logits  # what every loss of a secret comes from
+
+    def counting(model: Any, batch: list[EncodedRecord]) -> Any:
+        seen.update(record.id for record in batch)
+        return real(model, batch)
+
+    monkeypatch.setattr(scoring, "secret_logits", counting)
+    # As many steps as an epoch takes, and slots that need no gradient.
+    recipe = TuningConfig(
+        density=0.1, slots="magnitude", steps=4, records_per_step=3, replay_weight=0.0
+    )
+    tune_private(separated_model(), tokenizer, records.repeated, replay=[], config=recipe)
+    assert seen == {r.id: r.repetitions for r in records.planted}
 
 
 def test_a_seed_repeats_and_another_shares_no_secret(

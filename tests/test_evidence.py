@@ -10,13 +10,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from libortho import evidence
-from libortho.evidence import Evidence, collect, compressed_bytes, reference_losses
+from libortho.evidence import (
+    Evidence,
+    collect,
+    collect_set,
+    compressed_bytes,
+    reference_losses,
+)
 from libortho.extraction import recites
 from libortho.membership import is_extracted
-from libortho.records import EncodedRecord
+from libortho.records import EncodedRecord, encode, make_codes, plant
 from libortho.scoring import SecretLogits
 
 Factory = Callable[..., LlamaForCausalLM]
@@ -138,6 +144,19 @@ def test_references_have_the_total_loss_of_their_evidence(
     assert list(totals) == ["a", "none", "b"]
     assert totals["none"] == ()
     assert [*totals["a"], *totals["b"]] == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_set_is_collected_whole(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    records = plant([make_codes(6, 0)], seed=0)
+    collected = collect_set(model, tokenizer, records)
+    expected = [(r, True) for r in records.planted] + [(r, False) for r in records.twins]
+    assert [(e.id, e.planted, e.zlib_bytes) for e in collected] == [
+        (r.id, planted, compressed_bytes(r.secret)) for r, planted in expected
+    ]
+    encoded = encode(tokenizer, [r for r, _ in expected], 256)
+    assert [e.tokens for e in collected] == [len(r.input_ids) - r.secret_start for r in encoded]
 
 
 def test_out_of_memory_halves_the_batch(
