@@ -130,6 +130,13 @@ def test_results_are_json_without_secrets(leaky: dict[str, AttackResult]) -> Non
         assert nulls == set(result.reasons)
 
 
+def test_what_was_asked_and_of_how_many_is_stated(leaky: dict[str, AttackResult]) -> None:
+    result = leaky["sampling"]
+    assert (result.settings["records"], result.settings["seed"]) == (8, 0)
+    assert result.off_planted.n == result.off_twins.n == 8
+    assert (result.planted_in_set, result.twins_in_set) == (16, 16)
+
+
 def test_public_text_stays_out_of_settings(leaky: dict[str, AttackResult]) -> None:
     result = leaky["benign relearning"]
     assert result.settings["steps"] == 3
