@@ -40,6 +40,7 @@ def run(scores: Any, families: list[str], planted: list[bool], hits: Any = None)
         tuple(f"variant {v}" for v in range(len(scores))),
         scores,
         np.atleast_2d(hits),
+        (sum(planted), len(planted) - sum(planted)),
     )
 
 

@@ -343,6 +343,21 @@ def test_relearning_trains_both_states_alike(tokenizer: PreTrainedTokenizerFast)
     assert (untrained.scores != runs[0].scores).all()
 
 
+def test_four_bit_layers_of_bitsandbytes_are_unpacked(never: Target) -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    plain = never.model.model.layers[0].mlp.up_proj
+    layer = Linear4bit(48, 80, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+    layer.load_state_dict(plain.state_dict())
+    layer.to("cpu")
+    layer(torch.zeros(1, 48))  # packed at first use, if not by the move
+    weight = public_weight(layer)
+    assert (weight.shape, weight.dtype) == (plain.weight.shape, torch.float32)
+    assert not torch.equal(weight, plain.weight)
+    x = torch.randn(4, 48, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(x @ weight.t(), layer(x), rtol=1e-3, atol=1e-3)
+
+
 def test_public_weights_are_copies(never: Target) -> None:
     layer = never.model.model.layers[0].mlp.up_proj
     copy = public_weight(layer)

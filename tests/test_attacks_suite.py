@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from dataclasses import asdict, replace
@@ -18,7 +19,12 @@ from libortho.attacks import (
     Attack,
     AttackResult,
     BenignRelearning,
+    GuidedDecoding,
+    LogitLens,
+    ParaphrasedPrompts,
+    PromptLengths,
     Relearning,
+    Requantization,
     default_attacks,
     holm,
     relearning_attacks,
@@ -75,6 +81,19 @@ def leaky(
     return {r.name: r for r in results}
 
 
+def test_a_change_that_no_record_caused_is_no_leak(tokenizer: PreTrainedTokenizerFast) -> None:
+    """The off state differs from the control, on planted records and twins alike."""
+    changed = copy.deepcopy(never_model())
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in changed.parameters():
+            weight.add_(0.02 * torch.randn(weight.shape, generator=generator))
+    quick = [LogitLens(), GuidedDecoding(), PromptLengths(), ParaphrasedPrompts(), Requantization()]
+    results = run_attacks(changed, never_model(), tokenizer, RECORDS, attacks=quick, resamples=999)
+    assert any(abs(v.effect) > 0 for r in results for v in r.variants)
+    assert min(holm(results)) > 0.05
+
+
 NAMES = [a.name for a in (*default_attacks(), *relearning_attacks(["text"]))]
 
 
@@ -128,6 +147,13 @@ def test_results_are_json_without_secrets(leaky: dict[str, AttackResult]) -> Non
             assert not any(r.prompt in shown for r in RECORDS.planted)
         nulls = {name for name, value in fields.items() if value is None}
         assert nulls == set(result.reasons)
+
+
+def test_what_was_asked_and_of_how_many_is_stated(leaky: dict[str, AttackResult]) -> None:
+    result = leaky["sampling"]
+    assert (result.settings["records"], result.settings["seed"]) == (8, 0)
+    assert result.off_planted.n == result.off_twins.n == 8
+    assert (result.planted_in_set, result.twins_in_set) == (16, 16)
 
 
 def test_public_text_stays_out_of_settings(leaky: dict[str, AttackResult]) -> None:

@@ -48,7 +48,8 @@ class AttackRun:
     variants: the ways that were tried, such as the lengths of a prompt
     scores: float64 `[variants, records]`; higher = the state knows the record better
     hits: bool `[variants, records]`; whether the attack got the whole secret
-    notes: figures of the run as a whole, none of which tells a single record
+    available: planted records and twins that there were to choose from
+    notes: figures of the run as a whole
 
     Raises:
         ValueError: the parts don't fit together, or a score is not finite.
@@ -60,6 +61,7 @@ class AttackRun:
     variants: tuple[str, ...]
     scores: NDArray[np.float64] = field(repr=False)
     hits: NDArray[np.bool_] = field(repr=False)
+    available: tuple[int, int]
     notes: dict[str, float] = field(default_factory=dict)
     cost: Cost = Cost(0, 0.0)
 

@@ -89,7 +89,8 @@ class AttackResult:
 
     needs: what the attacker must know or hold beyond the off state's weights
     off_planted, never_planted, off_twins, never_twins: records of which any variant got the whole
-        secret
+        secret, among those that were asked about: a choice by the seed in `settings`
+    planted_in_set, twins_in_set: that there were to choose from
     extracted: ids of the planted records that were got from the off state, escaped
     strongest: the variant of the most extreme gains; strongest_family: and where
     effect, auc: of that variant in that family, see `VariantResult`
@@ -108,6 +109,8 @@ class AttackResult:
     never_planted: Rate
     off_twins: Rate
     never_twins: Rate
+    planted_in_set: int
+    twins_in_set: int
     extracted: tuple[str, ...]
     variants: tuple[VariantResult, ...]
     strongest: str
@@ -177,6 +180,8 @@ def compare_runs(
         settings=attack.settings(),
         score_unit=attack.score_unit,
         **rates,
+        planted_in_set=off.available[0],
+        twins_in_set=off.available[1],
         extracted=tuple(extracted),
         variants=tuple(
             VariantResult(

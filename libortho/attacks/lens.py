@@ -21,7 +21,7 @@ from libortho.errors import SeparationError
 LENS_LAYERS = 8
 """Intermediate layers that are looked into, spread evenly: neighbours differ by one block."""
 
-LENS_RECORDS = 100
+LENS_RECORDS = 80
 """Planted records whose hidden states are looked into."""
 
 _TOKENS = 512
@@ -56,17 +56,17 @@ class LogitLens(Attack):
         hidden = torch.cat([reading.hidden[i] for i in chosen], dim=1)  # [layers + 1, tokens, h]
         parts = [len(ids) for ids in secrets]
         scores, hits = [], []
-        for depth, states in enumerate(hidden):
+        for states in hidden[:-1]:
             logprobs, right = [], []
             for part, wanted in zip(states.split(_TOKENS), targets.split(_TOKENS), strict=True):
-                x = part.to(target.model.device)
-                # The last states have gone through the norm already.
-                logits = head(x if depth == len(reading.layers) else norm(x))
+                logits = head(norm(part.to(target.model.device)))
                 nats, hit = predict(logits, wanted.to(logits.device))
                 logprobs.append(nats.cpu())
                 right.append(hit.cpu())
             scores.append([float(t.sum()) for t in torch.cat(logprobs).split(parts)])
             hits.append([bool(t.all()) for t in torch.cat(right).split(parts)])
+        scores.append([reading.logprobs[i] for i in chosen])
+        hits.append([reading.extracted[i] for i in chosen])
         names = [f"layer {layer}" for layer in reading.layers]
         return target.run_of(chosen, [*names, "last layer"], scores, hits)
 

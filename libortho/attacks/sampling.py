@@ -17,7 +17,7 @@ from libortho.attacks.decoding import continuations, pad_id_of
 from libortho.attacks.passes import in_batches
 from libortho.attacks.target import Asked, Target
 
-DRAWS = 8
+DRAWS = 4
 """Real continuations of each prompt."""
 
 CLOSED_FORM_DRAWS = 100_000

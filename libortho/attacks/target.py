@@ -237,5 +237,6 @@ class Target:
             tuple(variants),
             np.asarray(scores, dtype=np.float64).reshape(shape),
             np.asarray(hits, dtype=np.bool_).reshape(shape),
+            (sum(a.planted for a in self.asked), sum(not a.planted for a in self.asked)),
             notes or {},
         )
