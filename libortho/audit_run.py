@@ -19,7 +19,7 @@ from libortho.audit_metrics import measure_state
 from libortho.audit_results import AuditResult
 from libortho.contrast import ALL_FAMILIES, Finding
 from libortho.errors import RecordError
-from libortho.evidence import Evidence, compressed_bytes
+from libortho.evidence import Evidence
 from libortho.membership import is_extracted
 from libortho.methods.states import StateName, TwoStates
 from libortho.precision import dtype_name
@@ -67,7 +67,9 @@ def run_audit(
     losses: dict[StateName, dict[str, tuple[float, ...]]] = {}
     for name in STATES:
         with clock.stage(f"evidence, {name}"), states.opened(name) as opened:
-            found[name] = gather(opened, states.tokenizer, records, title=f"evidence, {name}")
+            found[name] = evidence.collect_set(
+                opened, states.tokenizer, records, title=f"evidence, {name}"
+            )
             losses[name] = _references(opened, states.tokenizer, plan.references)
     metrics = [
         row
@@ -127,17 +129,6 @@ def run_audit(
         seconds=clock.seconds,
         reasons=reasons,
     )
-
-
-def gather(model: Any, tokenizer: Any, records: RecordSet, *, title: str) -> list[Evidence]:
-    """Evidence of a model about all records of a set, planted ones first."""
-    limit = model.config.max_position_embeddings
-    found = []
-    for group, planted in ((records.planted, True), (records.twins, False)):
-        sizes = [compressed_bytes(record.secret) for record in group]
-        encoded = encode(tokenizer, group, limit)
-        found += evidence.collect(model, encoded, planted=planted, zlib_bytes=sizes, title=title)
-    return found
 
 
 def as_finding(result: AttackResult) -> Finding:

@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from libortho.attacks import LogitLens, PromptLengths
 from libortho.audit_results import AuditResult
-from libortho.audit_run import STATES, Plan, gather, run_audit
+from libortho.audit_run import STATES, Plan, run_audit
 from libortho.config import TuningConfig
 from libortho.errors import ConfigError
 from libortho.methods import TwoStates
@@ -158,12 +158,3 @@ def test_a_method_that_promises_nothing_is_judged_by_what_it_shows(states: TwoSt
 def test_no_control_no_audit(states: TwoStates) -> None:
     with pytest.raises(ConfigError, match="never-trained"):
         audited(replace(states, never_loader=None))
-
-
-def test_evidence_is_of_planted_records_then_twins(
-    states: TwoStates, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    with states.on() as model:
-        found = gather(model, tokenizer, RECORDS, title="any")
-    assert [e.planted for e in found] == [True] * N + [False] * N
-    assert [e.id for e in found] == [r.id for r in (*RECORDS.planted, *RECORDS.twins)]
