@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import stream
+from .batching import halving
 from .config import TuningConfig
 from .errors import RecordError
 from .linear import OrthoLinear
@@ -28,7 +29,7 @@ from .training import Trainer, TrainingReport, replay_windows
 CANDIDATES = 8
 """The probe trains this many times the stream's entries and keeps the ones that moved most."""
 GRADIENT_TOKENS = 4096
-"""Tokens of records from which gradients for the slots are taken."""
+"""Tokens of records from which gradients for the slots are taken; halved if memory runs out."""
 
 
 @dataclass(frozen=True)
@@ -160,16 +161,21 @@ class _Tuner:
         pending: list[tuple[OrthoLinear, Tensor]] = []
         encoded = self.trainer.encoded
         order = torch.randperm(len(encoded), generator=self.trainer.generator).tolist()
-        sample: list[int] = []
-        tokens = 0
-        for i in order:
-            tokens += len(encoded[i].input_ids)
-            if sample and tokens > GRADIENT_TOKENS:
-                break
-            sample.append(i)
+
+        def run(limit: int) -> None:
+            sample: list[int] = []
+            tokens = 0
+            pending.clear()
+            for i in order:
+                tokens += len(encoded[i].input_ids)
+                if sample and tokens > limit:
+                    break
+                sample.append(i)
+            self.trainer.losses(sample).mean().backward()
+
         for layer in self.layers.values():
             layer.observe(observer(layer))
-        self.trainer.losses(sample).mean().backward()
+        halving(run, GRADIENT_TOKENS)
         for layer in self.layers.values():
             layer.observe(None)
         for layer, columns in pending:

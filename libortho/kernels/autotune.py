@@ -130,7 +130,7 @@ def _file(device: torch.device) -> Path | None:
     card = "".join(c if c.isalnum() else "-" for c in torch.cuda.get_device_name(device))
     try:
         return cache_folder() / "kernels" / f"decode-{card}-triton-{__version__}.json"
-    except FetchError as error:
+    except (FetchError, ImportError) as error:
         log.warning("decode configs are not kept: %s", error)
         return None
 
