@@ -8,14 +8,8 @@ membership: are the gains of planted records those of twins? Twins and planted r
     apart by chance alone, so any difference is knowledge of who was planted: a difference in
     differences, tested two-sided by Mann and Whitney's ranks for each score and family, and once
     more over all families by ranks within them.
-outlier: have a few planted records gained far more than any twin? Ranks can't see a few. If the
-    never-trained model is calibrated, Markov's inequality gives a gain of t nats a probability of
-    at most e^-t when nothing leaks, so gains have at most an exponential upper tail of 1 nat, or of
-    the twins' standard deviation where that is larger. Beyond the highest twin such a tail has no
-    memory: of n planted records and m twins the next is a planted one with odds of n / m, and it
-    lies an exponential step further. So the highest planted record leads by t with probability
-    1 / (1 + m / n * e^(t / scale)), and all leads of planted records add up to more than t with
-    probability q * e^(-(1 - q) * t / scale), q = n / (n + m), a geometric sum of such steps.
+outlier: have a few planted records gained far more than any twin? Ranks can't see a few: `outliers`
+    bounds what chance does to the total gain of one.
 agreement: is the off state the never-trained model on twins, which neither saw? Two-sided, by
     Wilcoxon's signed ranks of losses: an off state that emits noise hides what it knows.
 control: does the never-trained model tell planted records from twins? If so, the two were not drawn
@@ -32,10 +26,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
-from scipy.special import expit
 
 from libortho.evidence import Evidence
 from libortho.membership import RECORD_SCORES, mean_loss, total_logprob
+from libortho.outliers import find_outliers, sure_gain
 from libortho.statistics import holm
 
 Question = Literal["membership", "outlier", "agreement", "control", "attack"]
@@ -48,9 +42,6 @@ ALL_FAMILIES = "all families"
 # float32 differs by up to 1e-4 between batches; a record of which no token changes by more counts
 # as unchanged in every score. Lower precisions differ by more, on planted records and twins alike.
 ARITHMETIC_NATS = 1e-3
-
-# Scale of the upper tail of gains when nothing leaks, nats, at least: see the module's docstring.
-MIN_TAIL_NATS = 1.0
 
 # Probability with which the stated smallest leak is seen (Cohen 1988's convention).
 POWER = 0.80
@@ -143,7 +134,7 @@ def compare(
         tuple(replace(f, p_adjusted=float(p)) for f, p in zip(findings, adjusted, strict=True)),
         Sensitivity(
             _uniform_nats(groups, level),
-            max(_outlier_nats(group, level) for group in groups),
+            max(sure_gain(g.planted.size, g.total_gains[g.twins], level) for g in groups),
             len(findings),
         ),
     )
@@ -253,16 +244,10 @@ def _membership(
 
 def _outliers(group: _Group) -> Iterator[Finding]:
     n, m = group.planted.size, group.twins.size
-    leads = group.total_gains[group.planted] - group.total_gains[group.twins].max()
-    scale = _tail_nats(group)
-    lead, total = float(leads.max()), float(leads.clip(min=0).sum())
-    # Without a lead, where ties are common, there is nothing to see.
-    p_lead = float(expit(math.log(n / m) - lead / scale)) if lead > 0 else 1.0
-    share = n / (n + m)
-    p_total = share * math.exp(-(1 - share) * total / scale) if total > 0 else 1.0
+    found = find_outliers(group.total_gains[group.planted], group.total_gains[group.twins])
     for metric, effect, p in (
-        ("largest gain", lead, p_lead),
-        ("gains above any twin", total, p_total),
+        ("largest gain", found.lead, found.p_lead),
+        ("gains above any twin", found.total, found.p_total),
     ):
         yield Finding("outlier", metric, group.family, effect, "nats", None, p, p, n, m)
 
@@ -301,13 +286,3 @@ def _uniform_nats(groups: Sequence[_Group], level: float) -> float:
     critical = float(stats.norm.isf(level / 2) + stats.norm.ppf(POWER))
     nats = critical * math.sqrt(variance * (1 / n + 1 / m) / _LEAST_RELATIVE_EFFICIENCY)
     return max(ARITHMETIC_NATS, nats)
-
-
-def _outlier_nats(group: _Group, level: float) -> float:
-    """Total gain of a planted record at which `_outliers` has a p-value of `level`."""
-    odds = math.log(group.planted.size / group.twins.size) + math.log((1 - level) / level)
-    return float(group.total_gains[group.twins].max()) + _tail_nats(group) * odds
-
-
-def _tail_nats(group: _Group) -> float:
-    return max(MIN_TAIL_NATS, float(group.total_gains[group.twins].std(ddof=1)))

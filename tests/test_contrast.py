@@ -11,10 +11,10 @@ import pytest
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from libortho import contrast
 from libortho.contrast import ALL_FAMILIES, ARITHMETIC_NATS, Comparison, Finding, compare
 from libortho.evidence import Evidence
 from libortho.membership import RECORD_SCORES, mean_loss, total_logprob
+from libortho.outliers import find_outliers
 from libortho.simulation import OffState, SimulatedFamily, SimulatedStates, simulate
 
 FAMILIES = (
@@ -184,80 +184,19 @@ def test_states_about_other_records_are_refused() -> None:
         compare(few, few, significance=LEVEL)
 
 
-# ---------------------------------------------------------------- a few records
-
-
-def grouped(planted: Sequence[float], twins: Sequence[float]) -> contrast._Group:
-    """Records of one family with these total gains in nats."""
-    totals = np.array([*planted, *twins], dtype=float)
-    where = np.arange(len(totals))
-    nothing = np.zeros_like(totals)
-    return contrast._Group(
-        "codes",
-        where[: len(planted)],
-        where[len(planted) :],
-        nothing[None],
-        nothing,
-        totals,
-        nothing,
-    )
-
-
-def test_leads_over_the_twins_are_what_outliers_are_judged_by() -> None:
-    largest, summed = contrast._outliers(grouped([0.0, 5.0, 8.0], [0.5, 1.0, 0.0]))
-    assert (largest.effect, summed.effect) == (7.0, 11.0)
-    assert largest.p_value == pytest.approx(1 / (1 + math.exp(7)))
-    assert summed.p_value == pytest.approx(0.5 * math.exp(-11 / 2))
-    # Gains of twins vary by 10 nats, so the tail is taken to be as wide.
-    wide, _ = contrast._outliers(grouped([25.0, 0.0], [0.0, 20.0, 10.0]))
-    assert wide.p_value == pytest.approx(1 / (1 + 3 / 2 * math.exp(5 / 10)))
-    for planted in ([1.0], [2.0]):
-        assert [f.p_value for f in contrast._outliers(grouped(planted, [2.0, 0.0]))] == [1, 1]
-
-
-@pytest.mark.parametrize("sizes", [(20, 20), (10, 40), (40, 10)])
-@pytest.mark.parametrize("tail", ["exponential", "normal", "constant"])
-def test_clean_gains_have_outliers_no_more_often_than_claimed(
-    sizes: tuple[int, int], tail: str
-) -> None:
-    rng = np.random.default_rng(sum(sizes))
-    draws = {
-        "exponential": lambda n: rng.exponential(1.0, n),
-        "normal": lambda n: rng.normal(0, 2.0, n),
-        "constant": np.zeros,
-    }
-    repeats = 1500
-    p_values = np.array(
-        [
-            [f.p_value for f in contrast._outliers(grouped(*(draws[tail](n) for n in sizes)))]
-            for _ in range(repeats)
-        ]
-    )
-    for level in (0.2, 0.05, 0.01):
-        alarms = (p_values <= level).sum(axis=0)
-        # The twins' deviation is an estimate: with 10 of them 1 % may be 2 %.
-        assert (
-            alarms <= stats.binom.ppf(0.999, repeats, level * (2 if sizes[1] < 20 else 1))
-        ).all()
-
-
-def test_exponential_gains_have_outliers_as_often_as_claimed() -> None:
-    rng = np.random.default_rng(0)
-    repeats = 3000
-    found = np.array(
-        [
-            [
-                f.p_value
-                for f in contrast._outliers(
-                    grouped(rng.exponential(size=60), rng.exponential(size=60))
-                )
-            ]
-            for _ in range(repeats)
-        ]
-    )
-    for level in (0.2, 0.05):
-        alarms = (found <= level).mean(axis=0)
-        assert alarms == pytest.approx([level, level], rel=0.3)
+def test_outliers_are_those_of_total_gains(leaky: SimulatedStates) -> None:
+    comparison = compare(leaky.off, leaky.never, significance=LEVEL)
+    for family in FAMILIES:
+        expected = find_outliers(
+            *(
+                np.array(gains(leaky, total_logprob, family.name, planted))
+                for planted in (True, False)
+            )
+        )
+        (largest,) = findings(comparison, metric="largest gain", family=family.name)
+        (summed,) = findings(comparison, metric="gains above any twin", family=family.name)
+        assert (largest.effect, largest.p_value) == (expected.lead, expected.p_lead)
+        assert (summed.effect, summed.p_value) == (expected.total, expected.p_total)
 
 
 # ---------------------------------------------------------------- control and power
