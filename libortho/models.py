@@ -183,6 +183,12 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     return layers
 
 
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of the one that `name` leads to."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
 def native_grid(model: str | Path | ResolvedModel) -> NativeGrid | None:
     """The grid that a checkpoint's linear weights already lie on, if it is known to lie on one.
 

@@ -9,21 +9,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from . import stream
+from .artifact import mark
 from .calibration import hessian_diagonal
 from .config import NO_LATTICE, SeparationConfig
 from .errors import SeparationError, ShapeError
 from .lattice import check_weight
 from .linear import OrthoLinear
-from .models import linear_layers
+from .models import linear_layers, replace_module
 from .precision import evaluating
 from .windows import token_windows
-
-SEPARATION, TOKENIZER = "ortho_separation", "ortho_tokenizer"
-"""Attributes of a separated model: the `SeparationConfig` that made it, and its tokenizer."""
 
 
 def separate(
@@ -80,12 +77,5 @@ def separate(
             search=config.search,
         )
         replace_module(model, name, separated)
-    setattr(model, SEPARATION, config)
-    setattr(model, TOKENIZER, tokenizer)
+    mark(model, config, tokenizer)
     return model
-
-
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module in the place of the one that `name` leads to."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)

@@ -146,7 +146,9 @@ def _plain(name: str) -> str:
 
 def _key(**determined_by: Any) -> str:
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "tokenizers")}
-    content: Mapping[str, Any] = {**determined_by, "versions": versions}
+    # An artefact of another format could not be read again.
+    form = artifact.FORMAT_VERSION
+    content: Mapping[str, Any] = {**determined_by, "versions": versions, "format": form}
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
