@@ -17,10 +17,8 @@ EXIT_REFUSED = 2
 def main() -> int | None:
     """Run lm_eval's command line; 2 if it isn't installed."""
     if importlib.util.find_spec("lm_eval") is None:
-        print(
-            "libortho: lm-evaluation-harness is not installed. Run `pip install lm_eval[hf]`.",
-            file=sys.stderr,
-        )
+        said = "lm-evaluation-harness is not installed. Run `pip install lm_eval[hf]`."
+        sys.stderr.write(f"libortho: {said}\n")
         return EXIT_REFUSED
     from lm_eval.__main__ import cli_evaluate  # noqa: PLC0415  # not a dependency
 

@@ -75,7 +75,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bytewise, eos_token=END)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_model() -> Callable[..., LlamaForCausalLM]:
     """Makes a random Llama of 2 layers with tied embeddings, in float32 and in eval mode.
 
@@ -106,7 +106,7 @@ def tiny_model() -> Callable[..., LlamaForCausalLM]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def small_separation() -> SeparationConfig:
     """A recipe whose calibration fits the tiny model's context and the public text."""
     return SeparationConfig(
@@ -114,7 +114,7 @@ def small_separation() -> SeparationConfig:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def separated_model(
     tiny_model: Callable[..., LlamaForCausalLM],
     tokenizer: PreTrainedTokenizerFast,
