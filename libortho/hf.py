@@ -183,9 +183,7 @@ def _separate(model: Any, tokenizer: Any, config: OrthoConfig) -> None:
 
 def _home_of(weights: Path, name_or_path: str) -> Path:
     """The folder of a file with weights, with the files beside it that transformers leaves out."""
-    if Path(name_or_path).expanduser().is_dir():
-        return weights.parent
-    return hub.beside(weights, name_or_path)
+    return weights.parent if Path(name_or_path).is_dir() else hub.beside(weights, name_or_path)
 
 
 def _tokenizer_in(folder: Path) -> Any:

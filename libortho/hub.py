@@ -62,7 +62,9 @@ def beside(file: Path, hub_id: str) -> Path:
     transformers fetches the files that it knows of; this fetches the rest of the same commit, if it
     isn't cached. Raises `ModelLoadError`.
     """
-    snapshot = next(p for p in file.parents if p.parent.name == "snapshots")
+    snapshot = next((p for p in file.parents if p.parent.name == "snapshots"), None)
+    if snapshot is None:
+        return file.parent  # a folder after all
     commit, cache = snapshot.name, snapshot.parents[2]
     try:
         _snapshot(hub_id, commit, cache, local_files_only=False, ignore=[*_UNWANTED, "model*"])

@@ -638,6 +638,16 @@ def test_the_evaluation_harness_scores_it_as_we_do(
         assert theirs == pytest.approx(ours, rel=1e-5)
 
 
+def test_the_harness_command_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    from libortho import lm_eval
+
+    assert lm_eval.main() == lm_eval.EXIT_REFUSED
+    assert "pip install lm_eval" in capsys.readouterr().err
+
+
 def test_a_packed_layer_is_what_it_says(saved: SimpleNamespace) -> None:
     model = FROM_PRETRAINED(saved.full)
     assert isinstance(model.get_submodule(FIRST_LAYER), OrthoLinear)
