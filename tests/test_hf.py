@@ -268,7 +268,6 @@ def test_what_load_refuses_from_pretrained_refuses_alike(case: str, folder: Path
         libortho.load(folder)
     with pytest.raises(ArtifactError) as by_transformers:
         FROM_PRETRAINED(folder)
-    # A stream's own message names the stream; both name the folder and the remedy.
     assert str(by_transformers.value) == str(by_load.value)
     assert str(folder) in str(by_load.value)
 
