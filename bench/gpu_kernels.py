@@ -115,7 +115,7 @@ def environment() -> dict[str, Any]:
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
         "python": sys.version.split()[0],
-        "command": " ".join([Path(sys.executable).name, "-m", "bench.gpu_kernels", *sys.argv[1:]]),
+        "command": "python -m bench.gpu_kernels",
     }
 
 
