@@ -229,8 +229,7 @@ def _throughput(cases: tuple[ThroughputResult, ...]) -> Iterator[Figure]:
             told = name == "median_s" and case.tokens_per_s is not None
             yield Figure(
                 name=f"throughput.{where}.{name}",
-                title=f"{case.phase}, {arm_name(case.arm)}{words}"
-                + (f" (#{copy})" if copy > 1 else ""),
+                title=f"{case.phase}, {arm_name(case.arm)}{words}{number}",
                 unit=unit,  # type: ignore[arg-type]
                 value=getattr(case, name),
                 reason=_reason(case, name),

@@ -5,6 +5,7 @@ All three are pure functions of results files. `page` says which sections there 
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Literal, get_args
 from libortho.errors import ConfigError
 from libortho.files import atomic_write_text
 from libortho.results import Results
+from libortho.typed_json import check_json_values
 
 from .benchmark_json import Direction, to_benchmark_json
 from .html import to_html
@@ -39,9 +41,12 @@ def render(
 
     Raises:
         ConfigError: no results, or a format that there isn't.
+        ValueError: a value is not finite, which no results file can hold.
     """
     if not results:
         raise ConfigError("A report needs at least one results file; found none.")
+    for _, result in results:
+        check_json_values(dataclasses.asdict(result))
     runs = [
         Run.of(result, name) for (_, result), name in zip(results, _names(results), strict=True)
     ]
