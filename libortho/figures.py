@@ -40,6 +40,10 @@ ARM_NAMES = {
 }
 
 
+_MOST_RECORDS = 1_000_000
+"""No experiment asks about more; an exact test of more would not end either."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Figure:
     """One number.
@@ -88,7 +92,7 @@ def _reason(result: Any, name: str) -> str:
 
 def _counts(hits: int, n: int) -> tuple[int, int] | None:
     """The pair, or None if no experiment could have given it."""
-    return (hits, n) if 0 <= hits <= n and n > 0 else None
+    return (hits, n) if 0 <= hits <= n and 0 < n <= _MOST_RECORDS else None
 
 
 def _counts_of_rate(rate: float | None, n: int) -> tuple[int, int] | None:

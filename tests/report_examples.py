@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any
 
 from libortho.provenance import Provenance
@@ -20,6 +21,7 @@ from libortho.results import (
 )
 from libortho.statistics import privacy_ratio, proportion_interval
 
+_ratio = lru_cache(privacy_ratio)
 FAMILIES = ("codes", "passages")
 ON_A_CPU = "on a CPU only the whole process's peak is known"
 
@@ -49,7 +51,7 @@ def kill_switch(
     n: int = 40, hits_alpha1: int = 40, hits_alpha0: int = 0, **changes: Any
 ) -> KillSwitchResult:
     """Experiment 1 with so many hits of `n`, the first records of the list being the ones hit."""
-    ratio = privacy_ratio(hits_alpha1, n, hits_alpha0, n)
+    ratio = _ratio(hits_alpha1, n, hits_alpha0, n)
     on, off = proportion_interval(hits_alpha1, n), proportion_interval(hits_alpha0, n)
     outcomes = tuple(
         RecordOutcome(

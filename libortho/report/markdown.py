@@ -45,7 +45,7 @@ def _markup(text: str) -> str:
 
 
 def _section(section: Section) -> Iterator[str]:
-    verdict = f": {section.verdict}" if section.verdict else ""
+    verdict = f" ({section.verdict})" if section.verdict else ""
     yield from (f"## {escape(section.title + verdict)}", "")
     for block in section.blocks:
         lines = list(_block(block))
@@ -73,7 +73,9 @@ def _table(table: Table) -> Iterator[str]:
     else:
         yield from (f"{escape(table.caption)}:", "")
     yield "| " + " | ".join(escape(text) for text in table.header) + " |"
-    yield "|---" + "|---:" * (len(table.header) - 1) + "|"
+    columns = zip(*table.rows, strict=True) if table.rows else [()] * len(table.header)
+    numeric = [bool(cells) and all(c.value is not None for c in cells) for cells in columns]
+    yield "|" + "|".join("---:" if right else "---" for right in numeric) + "|"
     for row in table.rows:
         yield "| " + " | ".join(escape(cell.text) for cell in row) + " |"
     if table.folded:
