@@ -29,6 +29,7 @@ from .commands import (
     add_command,
     add_device,
     add_json,
+    finite_float,
     positive_int,
 )
 from .output import note, out, to_json
@@ -128,7 +129,7 @@ def _add_generate(commands: Commands) -> None:
     parser.add_argument("prompt", help="text to continue; - reads it from standard input")
     parser.add_argument(
         "--alpha",
-        type=float,
+        type=finite_float,
         default=1.0,
         help="factor of the private stream (default: %(default)g)",
     )
@@ -137,7 +138,7 @@ def _add_generate(commands: Commands) -> None:
         type=positive_int,
         default=64,
         metavar="N",
-        help="(default: %(default)d)",
+        help="tokens to generate, at most (default: %(default)d)",
     )
     add_device(parser)
     add_json(parser)
