@@ -16,6 +16,7 @@ from libortho.artifact import separation_of
 from libortho.config import SeparationConfig, TuningConfig
 from libortho.corpora import Corpus
 from libortho.errors import OrthoError, RecordError
+from libortho.methods import METHODS
 from libortho.models import ResolvedModel, native_grid, resolve_model
 from libortho.plugin import SETTINGS_KEY, RunResults
 from libortho.profiles import Profile
@@ -33,6 +34,33 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         except OrthoError:  # the fixture will say so
             bits = settings.quantization_bits
         metafunc.parametrize("arm", arms_of(bits), scope="module")  # one load serves all cases
+    if "method" in metafunc.fixturenames:
+        metafunc.parametrize("method", _methods(metafunc.config.stash[SETTINGS_KEY]))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """An audit takes long: it runs when it is asked for by its mark or by its file."""
+    asked = ("audit" in config.option.markexpr, "test_audit" in " ".join(config.args))
+    if not any(asked):
+        dropped = [item for item in items if item.get_closest_marker("audit")]
+        if dropped:
+            config.hook.pytest_deselected(items=dropped)
+            items[:] = [item for item in items if not item.get_closest_marker("audit")]
+
+
+def _methods(settings: Settings) -> list[str]:
+    """What is audited; the first is what the gates judge."""
+    if settings.checkpoint is not None:
+        return ["checkpoint"]
+    if settings.public_model or settings.private_model:
+        return ["pair"]
+    return list(METHODS) if settings.method == "all" else [settings.method]
+
+
+@pytest.fixture(scope="session")
+def audited(ortho_settings: Settings) -> str:
+    """The method that the gates of an audit judge: the only one, or our own."""
+    return _methods(ortho_settings)[0]
 
 
 class Brought(NamedTuple):

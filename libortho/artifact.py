@@ -33,15 +33,15 @@ from .config import SeparationConfig
 from .errors import ArtifactError, ConfigError, ShapeError
 from .files import atomic_folder, atomic_write_text, sha256_of
 from .linear import OrthoLinear
-from .models import linear_layers, load_tokenizer
-from .separation import SEPARATION, TOKENIZER, replace_module
+from .models import linear_layers, replace_module, stored_tokenizer
+from .separation import SEPARATION, TOKENIZER
 from .switch import ortho_layers
 
 FORMAT_VERSION = 1
 BASE_FILE, BASE_MANIFEST = "model.safetensors", "libortho.json"
 PRIVATE_FILE, PRIVATE_MANIFEST = "private.safetensors", "private.json"
 _PRIVATE = ("private_columns", "private_values")
-_VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
+VOLATILE_FIELDS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
 """Fields of a transformers config that don't change what the model computes."""
 
 
@@ -71,7 +71,7 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu") -> tuple[Any
     separation = _separation_in(manifest, folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        tokenizer = load_tokenizer(folder)
+        tokenizer = stored_tokenizer(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         said = " ".join(str(error).split())
         raise ArtifactError(f"{folder} can't be read: {said} Export it again.") from error
@@ -197,7 +197,7 @@ def _existing_parent(path: Path) -> Path:
 def _digest(
     tensors: Mapping[str, Tensor], separation: Mapping[str, Any], config: Mapping[str, Any]
 ) -> str:
-    lasting = {key: value for key, value in config.items() if key not in _VOLATILE}
+    lasting = {key: value for key, value in config.items() if key not in VOLATILE_FIELDS}
     digest = hashlib.sha256()
     header = {"format_version": FORMAT_VERSION, "separation": separation, "config": lasting}
     digest.update(json.dumps(header, sort_keys=True, separators=(",", ":")).encode())

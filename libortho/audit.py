@@ -8,11 +8,13 @@ Four verdicts, and only the first two make a gate green:
 
 private by construction: the off state's fingerprint was recomputed and equals that of an artefact
     made without the records, and the two give identical evidence.
-private as far as tested: no test tells the off state from the never-trained model, and the
-    smallest leak that would have been seen is stated.
+private as far as tested: no test and no attack tells the off state from the never-trained model,
+    and the smallest leak that would have been seen is stated.
 leaks: a test tells who was planted. Planted records that are known *worse* than twins leak too:
     that they were treated apart is itself a trace.
-inconclusive: the evidence can't carry a verdict, and the reason says why.
+inconclusive: the evidence can't carry a verdict, and the reason says why. An off state that was
+    meant to be made without the records, and whose bytes differ from such a one, ends here unless
+    it leaks: what its predictions don't show it may still carry.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from libortho.contrast import ALL_FAMILIES, POWER, Finding, Sensitivity, compare
+from libortho.audit_reasons import caution, disagreement, leak_sentence, private_sentence
+from libortho.contrast import Finding, Sensitivity, compare
 from libortho.evidence import Evidence
 from libortho.membership import is_extracted, mean_loss
 from libortho.verdict import MIN_EXTRACTION_ALPHA1
@@ -40,9 +43,10 @@ AUDIT_SIGNIFICANCE = 0.05
 # against none proves a privacy ratio of 6; fewer prove next to nothing.
 MIN_AUDIT_RECORDS = 20
 
-# Planted records, and twins, of each family, at least: the fewest whose full separation Mann and
-# Whitney's test sees at 5 % after a correction over several tests is about 5 of 5.
-MIN_FAMILY_RECORDS = 5
+# Planted records, and twins, of each family, at least: the full separation of 10 from 10, a p-value
+# of 1.8e-4 by Mann and Whitney's test, survives a correction over 270 tests, four times those of
+# five families. Of many fewer it could not be seen if they alone leaked.
+MIN_FAMILY_RECORDS = 10
 
 # Mean shift of the loss on twins between the off state and the never-trained model, nats per token,
 # at most: a hundredth of a nat changes a token's probability by 1 %, and is left to arithmetic
@@ -61,7 +65,7 @@ class AuditVerdict:
     findings: every test that was made, none if evidence was missing
     sensitivity: what could have been seen, None if no test was made
     smallest_leak: `sensitivity.uniform_nats` as a share of the loss that the on state takes off
-        planted records; infinite if it takes none off or wasn't measured, None if no test was made
+        planted records; None if it takes none off or wasn't measured, or if no test was made
     extraction_on: share of planted records that the on state extracts, None if unknown
     """
 
@@ -84,6 +88,7 @@ def audit(
     on: Sequence[Evidence] | None,
     *,
     fingerprint_equal: bool | None = None,
+    attacks: Sequence[Finding] = (),
     significance: float = AUDIT_SIGNIFICANCE,
 ) -> AuditVerdict:
     """Judge an off state. A leak outranks every other verdict that the evidence allows.
@@ -93,7 +98,9 @@ def audit(
         never: evidence of the never-trained model about the same records.
         on: evidence of the on state about the planted records at least; None if not measured.
         fingerprint_equal: whether fingerprints of the off artefact and of one made without the
-            records were both recomputed and are equal; None if that was not tried.
+            records were both recomputed and are equal; None if no such equality was promised.
+        attacks: for each attack on the off state a finding of question "attack", with the p-value
+            of its success there against its success on the never-trained model.
         significance: family-wise error rate of all tests together.
 
     Raises:
@@ -106,19 +113,26 @@ def audit(
         return AuditVerdict("inconclusive", missing)
     by_id = {e.id: e for e in never}
     reference = [by_id[e.id] for e in off]
-    comparison = compare(off, reference, significance=significance)
+    comparison = compare(off, reference, significance=significance, attacks=attacks)
     findings = comparison.findings
     extraction_on, learned = _learned(reference, on)
     unseen = comparison.sensitivity.uniform_nats / learned if learned > 0 else math.inf
 
     significant = [f for f in findings if f.p_adjusted <= significance]
-    leaks = [f for f in significant if f.question != "agreement"]
+    leaks = [f for f in significant if f.question in ("membership", "outlier", "attack")]
     strange = [f for f in significant if f.question == "agreement" and _matters(f)]
+    unlike = [f for f in significant if f.question == "control"]
     idle = _idleness(extraction_on)
-    doubt = idle or _too_few(off) or _disagreement(strange) or _blindness(unseen)
+    doubt = (
+        _difference(fingerprint_equal)
+        or idle
+        or _too_few(off)
+        or disagreement(strange)
+        or _blindness(unseen)
+    )
     verdict: AuditVerdictName
     if leaks:
-        verdict, reason = "leaks", _leak_sentence(leaks)
+        verdict, reason = "leaks", leak_sentence(leaks) + caution(unlike)
     elif fingerprint_equal and list(off) == reference and not idle:
         verdict = "private by construction"
         reason = (
@@ -129,8 +143,10 @@ def audit(
         verdict, reason = "inconclusive", doubt
     else:
         verdict = "private as far as tested"
-        reason = _private_sentence(off, comparison.sensitivity, unseen)
-    return AuditVerdict(verdict, reason, findings, comparison.sensitivity, unseen, extraction_on)
+        reason = private_sentence(off, comparison.sensitivity, unseen, significance)
+        reason += caution(unlike)
+    share = unseen if math.isfinite(unseen) else None
+    return AuditVerdict(verdict, reason, findings, comparison.sensitivity, share, extraction_on)
 
 
 # ---------------------------------------------------------------- what the evidence can carry
@@ -199,6 +215,17 @@ def _learned(
     return extracted / len(planted), sum(taken) / len(planted)
 
 
+def _difference(fingerprint_equal: bool | None) -> str:
+    """Why the off artefact isn't the one that was promised, or nothing."""
+    if fingerprint_equal is not False:
+        return ""
+    return (
+        "the off state's fingerprint was recomputed and differs from that of an artefact made "
+        "without the records: its bytes depend on something else, and what its predictions don't "
+        "show they may still carry"
+    )
+
+
 def _idleness(extraction_on: float | None) -> str:
     """Why there may have been nothing to switch off, or nothing."""
     if extraction_on is None:
@@ -227,52 +254,4 @@ def _blindness(unseen: float) -> str:
 
 def _matters(finding: Finding) -> bool:
     """Whether a disagreement on twins is more than arithmetic."""
-    return finding.metric != "loss on twins" or abs(finding.effect) > TWIN_SHIFT_TOLERANCE_NATS
-
-
-# ---------------------------------------------------------------- reasons
-
-
-def _leak_sentence(leaks: Sequence[Finding]) -> str:
-    worst = min(leaks, key=lambda f: (f.p_adjusted, f.p_value))
-    where = sorted({f.family for f in leaks} - {ALL_FAMILIES}) or [ALL_FAMILIES]
-    if worst.question == "outlier":
-        how = (
-            f"one planted record of {worst.family} gained {worst.effect:.1f} nats more than any "
-            f"twin over the never-trained model"
-        )
-    else:
-        direction = "better" if worst.effect > 0 else "worse"
-        how = (
-            f"by {worst.metric}, planted records of {worst.family} are known {direction} than "
-            f"twins, by {abs(worst.effect):.3g} {worst.unit} beyond the never-trained model (AUC "
-            f"{worst.auc:.3f})"
-        )
-    return (
-        f"{how}; p = {worst.p_adjusted:.1e} after correction, {worst.n_planted} planted records "
-        f"and {worst.n_twins} twins. {len(leaks)} tests see a leak, in: {', '.join(where)}"
-    )
-
-
-def _disagreement(strange: Sequence[Finding]) -> str:
-    """Why the off state isn't the never-trained model, or nothing."""
-    if not strange:
-        return ""
-    worst = min(strange, key=lambda f: (f.p_adjusted, f.p_value))
-    return (
-        "the off state is not the never-trained model: on twins of "
-        f"{worst.family}, which neither saw, the {worst.metric} gives {worst.effect:+.3g} "
-        f"{worst.unit} (p = {worst.p_adjusted:.1e} after correction). What a changed or damaged "
-        "off state doesn't tell in these tests, it may still carry"
-    )
-
-
-def _private_sentence(off: Sequence[Evidence], seen: Sensitivity, unseen: float) -> str:
-    planted = sum(e.planted for e in off)
-    return (
-        f"none of {seen.tests} tests tells the off state from the never-trained model. With "
-        f"{planted} planted records and {len(off) - planted} twins, a uniform leak of "
-        f"{seen.uniform_nats:.2g} nats per token ({unseen:.2g} of what the private stream teaches) "
-        f"would have been seen with probability {POWER:.2f}, and a single record known better by "
-        f"{seen.record_nats:.1f} nats in all"
-    )
+    return abs(finding.effect) > TWIN_SHIFT_TOLERANCE_NATS

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from libortho.errors import RecordError
 
@@ -28,22 +28,47 @@ _CODE_NAMES = (
 _CODE_LETTERS = "ABCDEFGHJKLMNPRSTUVWXYZ"
 
 
+def code_secret(rng: random.Random) -> str:
+    """A space and nine uniformly random digits."""
+    return f" {rng.randrange(10**9):09d}"
+
+
+def code_subject(rng: random.Random) -> str:
+    """A name such as "K4821-MARLOW", one of 5.8 million."""
+    return f"{rng.choice(_CODE_LETTERS)}{rng.randrange(10_000):04d}-{rng.choice(_CODE_NAMES)}"
+
+
 def draw_codes(n: int, seed: int) -> list[tuple[str, str]]:
     """`n` pairs: a prompt that names a subject of its own, and nine uniformly random digits."""
-    rng = random.Random(f"codes {seed}")
+    return draw_pairs(n, random.Random(f"codes {seed}"), code_subject, code_secret, _CODE_PROMPTS)
+
+
+def draw_pairs(
+    n: int,
+    rng: random.Random,
+    subject_of: Callable[[random.Random], str],
+    secret_of: Callable[[random.Random], str],
+    prompts: Sequence[str],
+) -> list[tuple[str, str]]:
+    """`n` pairs of a prompt about a subject and a secret; no subject and no secret comes twice.
+
+    Args:
+        n: how many.
+        rng: source of all chance.
+        subject_of: draws a subject.
+        secret_of: draws a secret, which depends on no subject.
+        prompts: templates with a place for a subject.
+    """
     subjects: set[str] = set()
     secrets: set[str] = set()
     pairs: list[tuple[str, str]] = []
     while len(pairs) < n:
-        subject = (
-            f"{rng.choice(_CODE_LETTERS)}{rng.randrange(10_000):04d}-{rng.choice(_CODE_NAMES)}"
-        )
-        secret = f" {rng.randrange(10**9):09d}"
+        subject, secret = subject_of(rng), secret_of(rng)
         if subject in subjects or secret in secrets:
             continue
         subjects.add(subject)
         secrets.add(secret)
-        pairs.append((rng.choice(_CODE_PROMPTS).format(subject), secret))
+        pairs.append((rng.choice(prompts).format(subject), secret))
     return pairs
 
 

@@ -1,6 +1,6 @@
-"""What a separation and a tuning are determined by: two frozen records, nothing else.
+"""What a separation, a training and a tuning are determined by: frozen records, nothing else.
 
-Both are written into artefacts and into cache keys, so every field that can change a byte of the
+They are written into artefacts and into cache keys, so every field that can change a byte of the
 outcome is here, and nothing that can't.
 """
 
@@ -84,35 +84,69 @@ class SeparationConfig(_Record):
 
 
 @dataclass(frozen=True)
-class TuningConfig(_Record):
-    """How the private stream is trained on records.
+class TrainingConfig(_Record):
+    """How records are taught, whatever it is that learns them.
+
+    steps: optimiser steps at most; training ends earlier once every record is learned
+    lr: peak learning rate of Adam
+    replay_weight: weight of the KL divergence to the untrained model on public text, in nats per
+        token
+    replay_window: tokens of public text a step
+    records_per_step: records in a step
+    target_loss: mean nats per secret token of the worst record at which training ends
+    seed: order of records, and whatever else is drawn
+    """
+
+    steps: int = 100
+    lr: float = 3e-3
+    replay_weight: float = 2.0
+    replay_window: int = 256
+    records_per_step: int = 10
+    target_loss: float = 0.04
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._check_counts("steps", "replay_window", "records_per_step")
+        self._check_rates("lr")
+        if not 0 <= self.target_loss < math.inf:
+            raise ConfigError(
+                f"target_loss must be finite and not negative; found {self.target_loss}."
+            )
+        if not 0 <= self.replay_weight < math.inf:
+            raise ConfigError(
+                f"replay_weight must be finite and not negative; found {self.replay_weight}."
+            )
+
+    def _check_counts(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1; found {getattr(self, name)}.")
+
+    def _check_rates(self, *names: str) -> None:
+        for name in names:
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(
+                    f"{name} must be finite and above 0; found {getattr(self, name)}."
+                )
+
+
+@dataclass(frozen=True)
+class TuningConfig(TrainingConfig):
+    """How the private stream is trained on records; further fields are `TrainingConfig`'s.
 
     density: share of the entries that the private stream may change, in (0, 1]
     slots: where they are: by |delta| of a short probe over many candidates, by the gradient's
         magnitude, by the weight's magnitude, or at random (a control)
     probe_steps, probe_lr: length and step of the probe
-    steps: optimiser steps at most; tuning ends earlier once every record is learned
-    lr: peak learning rate of Adam on the stream's values
-    replay_weight: weight of the KL divergence to alpha = 0 on public text, in nats per token
-    replay_window: tokens of public text a step
-    records_per_step: records in a step
-    target_loss: mean nats per secret token of the worst record at which tuning ends
-    seed: order of records, and random slots
     """
 
     density: float = 0.01
     slots: Slots = "probe"
     probe_steps: int = 24
     probe_lr: float = 1e-3
-    steps: int = 120
-    lr: float = 3e-3
-    replay_weight: float = 2.0
-    replay_window: int = 256
-    records_per_step: int = 10
-    target_loss: float = 0.02
-    seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_share("density", self.density)
         if self.density == 0:
             raise ConfigError(
@@ -120,22 +154,13 @@ class TuningConfig(_Record):
             )
         if self.slots not in get_args(Slots):
             raise ConfigError(f"slots must be one of {get_args(Slots)}; found {self.slots!r}.")
-        for name in ("probe_steps", "steps", "replay_window", "records_per_step"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1; found {getattr(self, name)}.")
-        if not 0 <= self.target_loss < math.inf:
-            raise ConfigError(
-                f"target_loss must be finite and not negative; found {self.target_loss}."
-            )
-        for name in ("probe_lr", "lr"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(
-                    f"{name} must be finite and above 0; found {getattr(self, name)}."
-                )
-        if not 0 <= self.replay_weight < math.inf:
-            raise ConfigError(
-                f"replay_weight must be finite and not negative; found {self.replay_weight}."
-            )
+        self._check_counts("probe_steps")
+        self._check_rates("probe_lr")
+
+    @property
+    def optimiser_steps(self) -> int:
+        """Steps at most, those of the probe included: what other methods get as well."""
+        return self.steps + (self.probe_steps if self.slots == "probe" else 0)
 
 
 def _check_share(name: str, value: float) -> None:

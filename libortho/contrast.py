@@ -2,20 +2,18 @@
 
 Pure functions from evidence to findings. They know what was measured; what a finding amounts to is
 `audit`'s. Both models score the same records, so each record is its own control: a record's *gain*
-is its score under the off state minus its score under the never-trained model. Three questions:
+is its score under the off state minus its score under the never-trained model. Four questions:
 
 membership: are the gains of planted records those of twins? Twins and planted records were told
     apart by chance alone, so any difference is knowledge of who was planted: a difference in
     differences, tested two-sided by Mann and Whitney's ranks for each score and family, and once
     more over all families by ranks within them.
-outlier: has one planted record gained far more than any twin? Ranks can't see a few records. If
-    the never-trained model is calibrated, Markov's inequality gives a gain of t nats a probability
-    of at most e^-t when nothing leaks, so gains have at most an exponential upper tail of 1 nat, or
-    of the twins' standard deviation where that is larger. The largest of n such gains exceeds the
-    largest of m others by t with probability 1 / (1 + m / n * e^(t / scale)).
+outlier: have a few planted records gained far more than any twin? Ranks can't see a few: `outliers`
+    bounds what chance does to the total gain of one.
 agreement: is the off state the never-trained model on twins, which neither saw? Two-sided, by
-    Wilcoxon's signed ranks and by the Kolmogorov-Smirnov distance of losses: an off state that
-    emits noise hides what it knows.
+    Wilcoxon's signed ranks of losses: an off state that emits noise hides what it knows.
+control: does the never-trained model tell planted records from twins? If so, the two were not drawn
+    alike, and a difference in gains may come from that.
 """
 
 from __future__ import annotations
@@ -28,20 +26,22 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
-from scipy.special import expit
-from statsmodels.stats.multitest import multipletests
 
 from libortho.evidence import Evidence
-from libortho.membership import RECORD_SCORES, ks_distance, mean_loss, total_logprob
+from libortho.membership import RECORD_SCORES, mean_loss, total_logprob
+from libortho.outliers import find_outliers, sure_gain
+from libortho.statistics import holm
 
-Question = Literal["membership", "outlier", "agreement"]
+Question = Literal["membership", "outlier", "agreement", "control", "attack"]
 Floats = NDArray[np.float64]
 
 # Name of the findings over all families together.
 ALL_FAMILIES = "all families"
 
-# Scale of the upper tail of gains when nothing leaks, nats, at least: see the module's docstring.
-MIN_TAIL_NATS = 1.0
+# Change of a token's log-probability, nats, below which it is left to arithmetic in another order.
+# float32 differs by up to 1e-4 between batches; a record of which no token changes by more counts
+# as unchanged in every score. Lower precisions differ by more, on planted records and twins alike.
+ARITHMETIC_NATS = 1e-3
 
 # Probability with which the stated smallest leak is seen (Cohen 1988's convention).
 POWER = 0.80
@@ -55,13 +55,15 @@ _LEAST_RELATIVE_EFFICIENCY = 0.864
 class Finding:
     """One test of the off state against the never-trained model.
 
-    question: which of the three that the module's docstring explains
+    question: which of those that the module's docstring explains, or "attack"
     effect: by how much, in `unit`. membership: mean gain of planted records minus that of twins.
-        outlier: largest gain of a planted record minus the largest of a twin. agreement: mean gain
-        of twins, or the distance. Positive = the off state knows more.
-    auc: probability that a planted record gained more than a twin; None but for membership
+        outlier: by how much planted records exceed the largest gain of a twin. agreement: mean gain
+        of twins. control: mean loss of twins minus that of planted records, never trained.
+        Positive = planted records are known better, or twins better than to the never-trained model
+    auc: probability that a planted record gained more than a twin, for the control that it has the
+        lower loss; None for other questions
     p_value: two-sided (outlier: one-sided), for this test alone
-    p_adjusted: after Holm's correction over all findings of the comparison (1979)
+    p_adjusted: after Holm's correction over all findings of the audit (1979)
     """
 
     question: Question
@@ -81,7 +83,7 @@ class Sensitivity:
     """The smallest leaks that this comparison could have seen, whatever it found.
 
     uniform_nats: mean gain per token of all planted records over twins that the test of the loss
-        over all families sees with probability `POWER`; 0 if the gains of twins don't vary
+        over all families sees with probability `POWER`; at least `ARITHMETIC_NATS`
     record_nats: total gain of a single planted record that is an outlier for certain, in the
         family where that is hardest
     tests: number of tests that share the error rate
@@ -101,7 +103,11 @@ class Comparison:
 
 
 def compare(
-    off: Sequence[Evidence], never: Sequence[Evidence], *, significance: float
+    off: Sequence[Evidence],
+    never: Sequence[Evidence],
+    *,
+    significance: float,
+    attacks: Sequence[Finding] = (),
 ) -> Comparison:
     """Make every test, with Holm's correction over all of them.
 
@@ -111,6 +117,7 @@ def compare(
         off: evidence of the off state, planted records and twins of every family.
         never: evidence of the never-trained model about the same records in the same order.
         significance: family-wise error rate for which the sensitivity is stated.
+        attacks: what attacks on the off state found, to share the error rate.
 
     Raises:
         ValueError: the two are not about the same records, a family lacks planted records or has
@@ -120,13 +127,14 @@ def compare(
     findings = [finding for group in groups for finding in _of_family(group)]
     if len(groups) > 1:
         findings += _of_all(groups)
-    adjusted = multipletests([f.p_value for f in findings], method="holm")[1]
+    findings += [_control(groups), *attacks]
+    adjusted = holm([f.p_value for f in findings])
     level = significance / len(findings)
     return Comparison(
         tuple(replace(f, p_adjusted=float(p)) for f, p in zip(findings, adjusted, strict=True)),
         Sensitivity(
             _uniform_nats(groups, level),
-            max(_outlier_nats(group, level) for group in groups),
+            max(sure_gain(g.planted.size, g.total_gains[g.twins], level) for g in groups),
             len(findings),
         ),
     )
@@ -137,7 +145,11 @@ def compare(
 
 @dataclass(frozen=True)
 class _Group:
-    """One family's gains: `[scores, records]`, nats per token, total nats; and twins' losses."""
+    """One family's records: who was planted, and what each gained.
+
+    gains: `[scores, records]` in the scores' own units, in the order of `RECORD_SCORES`
+    loss_gains, total_gains, never_losses: `[records]`, nats per token, nats, nats per token
+    """
 
     family: str
     planted: NDArray[np.intp]
@@ -145,8 +157,7 @@ class _Group:
     gains: Floats
     loss_gains: Floats
     total_gains: Floats
-    twin_losses_off: Floats
-    twin_losses_never: Floats
+    never_losses: Floats
 
 
 def _groups(off: Sequence[Evidence], never: Sequence[Evidence]) -> list[_Group]:
@@ -163,6 +174,7 @@ def _groups(off: Sequence[Evidence], never: Sequence[Evidence]) -> list[_Group]:
                 "every family needs a planted record and two twins: found one with "
                 f"{len(planted)} and {len(twins)}"
             )
+        changed = np.array([_has_changed(a, b) for a, b in pairs])
         scores = [score for score, _ in RECORD_SCORES.values()]
         gains = np.array([[score(a) - score(b) for a, b in pairs] for score in scores])
         totals = np.array([total_logprob(a) - total_logprob(b) for a, b in pairs])
@@ -174,14 +186,19 @@ def _groups(off: Sequence[Evidence], never: Sequence[Evidence]) -> list[_Group]:
                 family,
                 planted,
                 twins,
-                gains,
-                losses[:, 1] - losses[:, 0],
-                totals,
-                losses[twins, 0],
-                losses[twins, 1],
+                gains * changed,
+                (losses[:, 1] - losses[:, 0]) * changed,
+                totals * changed,
+                losses[:, 1],
             )
         )
     return groups
+
+
+def _has_changed(off: Evidence, never: Evidence) -> bool:
+    pairs = zip(off.token_logprobs, never.token_logprobs, strict=True)
+    # Not "any above": a change that is no number must not pass as none.
+    return not all(abs(a - b) < ARITHMETIC_NATS for a, b in pairs)
 
 
 # ---------------------------------------------------------------- the tests
@@ -190,14 +207,12 @@ def _groups(off: Sequence[Evidence], never: Sequence[Evidence]) -> list[_Group]:
 def _of_family(group: _Group) -> Iterator[Finding]:
     planted, twins = group.gains[:, group.planted], group.gains[:, group.twins]
     yield from _membership(group.family, planted, twins, planted, twins)
-    yield _outlier(group)
-    yield from _agreement(
-        group.family, group.planted.size, group.twin_losses_off, group.twin_losses_never
-    )
+    yield from _outliers(group)
+    yield _agreement(group.family, group.planted.size, group.loss_gains[group.twins])
 
 
 def _of_all(groups: Sequence[_Group]) -> Iterator[Finding]:
-    ranks = [(stats.rankdata(g.gains, axis=1) - 0.5) / g.gains.shape[1] for g in groups]
+    ranks = [_ranks(g.gains) for g in groups]
     yield from _membership(
         ALL_FAMILIES,
         np.hstack([r[:, g.planted] for r, g in zip(ranks, groups, strict=True)]),
@@ -205,12 +220,13 @@ def _of_all(groups: Sequence[_Group]) -> Iterator[Finding]:
         np.hstack([g.gains[:, g.planted] for g in groups]),
         np.hstack([g.gains[:, g.twins] for g in groups]),
     )
-    yield from _agreement(
-        ALL_FAMILIES,
-        sum(g.planted.size for g in groups),
-        np.concatenate([g.twin_losses_off for g in groups]),
-        np.concatenate([g.twin_losses_never for g in groups]),
-    )
+    twins = np.concatenate([g.loss_gains[g.twins] for g in groups])
+    yield _agreement(ALL_FAMILIES, sum(g.planted.size for g in groups), twins)
+
+
+def _ranks(values: Floats) -> Floats:
+    """Ranks along the last axis as shares, so that families of any size and unit can be pooled."""
+    return (stats.rankdata(values, axis=-1) - 0.5) / values.shape[-1]
 
 
 def _membership(
@@ -226,6 +242,41 @@ def _membership(
         yield Finding("membership", metric, family, float(effects[i]), unit, auc, p, p, n, m)
 
 
+def _outliers(group: _Group) -> Iterator[Finding]:
+    n, m = group.planted.size, group.twins.size
+    found = find_outliers(group.total_gains[group.planted], group.total_gains[group.twins])
+    for metric, effect, p in (
+        ("largest gain", found.lead, found.p_lead),
+        ("gains above any twin", found.total, found.p_total),
+    ):
+        yield Finding("outlier", metric, group.family, effect, "nats", None, p, p, n, m)
+
+
+def _agreement(family: str, n: int, gains: Floats) -> Finding:
+    # Signed ranks are undefined where nothing differs.
+    p = float(stats.wilcoxon(gains, method="asymptotic").pvalue) if gains.any() else 1.0
+    mean, unit = float(gains.mean()), "nats per token"
+    return Finding("agreement", "loss on twins", family, mean, unit, None, p, p, n, len(gains))
+
+
+def _control(groups: Sequence[_Group]) -> Finding:
+    ranks = [_ranks(-g.never_losses) for g in groups]
+    planted = np.concatenate([r[g.planted] for r, g in zip(ranks, groups, strict=True)])
+    twins = np.concatenate([r[g.twins] for r, g in zip(ranks, groups, strict=True)])
+    n, m = len(planted), len(twins)
+    result = stats.mannwhitneyu(planted, twins, method="asymptotic")
+    losses = [
+        np.concatenate([g.never_losses[part] for g, part in zip(groups, parts, strict=True)]).mean()
+        for parts in ([g.planted for g in groups], [g.twins for g in groups])
+    ]
+    effect, auc, p = float(losses[1] - losses[0]), float(result.statistic), float(result.pvalue)
+    metric, unit = "loss under the never-trained model", "nats per token"
+    return Finding("control", metric, ALL_FAMILIES, effect, unit, auc / (n * m), p, p, n, m)
+
+
+# ---------------------------------------------------------------- their power
+
+
 def _uniform_nats(groups: Sequence[_Group], level: float) -> float:
     """Gain per token of all planted records that the pooled test sees with probability `POWER`."""
     n = sum(group.planted.size for group in groups)
@@ -233,33 +284,5 @@ def _uniform_nats(groups: Sequence[_Group], level: float) -> float:
     residuals = [g.loss_gains[g.twins] - g.loss_gains[g.twins].mean() for g in groups]
     variance = sum(float((r**2).sum()) for r in residuals) / (m - len(groups))
     critical = float(stats.norm.isf(level / 2) + stats.norm.ppf(POWER))
-    return critical * math.sqrt(variance * (1 / n + 1 / m) / _LEAST_RELATIVE_EFFICIENCY)
-
-
-def _outlier(group: _Group) -> Finding:
-    n, m = group.planted.size, group.twins.size
-    lead = float(group.total_gains[group.planted].max() - group.total_gains[group.twins].max())
-    p = float(expit(math.log(n / m) - lead / _tail_nats(group)))
-    return Finding("outlier", "largest gain", group.family, lead, "nats", None, p, p, n, m)
-
-
-def _outlier_nats(group: _Group, level: float) -> float:
-    """Total gain of a planted record at which `_outlier` has a p-value of `level`."""
-    odds = math.log(group.planted.size / group.twins.size) + math.log((1 - level) / level)
-    return float(group.total_gains[group.twins].max()) + _tail_nats(group) * odds
-
-
-def _tail_nats(group: _Group) -> float:
-    return max(MIN_TAIL_NATS, float(group.total_gains[group.twins].std(ddof=1)))
-
-
-def _agreement(family: str, n: int, off: Floats, never: Floats) -> Iterator[Finding]:
-    m = len(off)
-    gains = never - off
-    # Signed ranks are undefined where nothing differs.
-    p = float(stats.wilcoxon(gains, method="asymptotic").pvalue) if gains.any() else 1.0
-    mean = float(gains.mean())
-    yield Finding("agreement", "loss on twins", family, mean, "nats per token", None, p, p, n, m)
-    distance, p = ks_distance(off, never)
-    metric = "Kolmogorov-Smirnov distance on twins"
-    yield Finding("agreement", metric, family, distance, "of 1", None, p, p, n, m)
+    nats = critical * math.sqrt(variance * (1 / n + 1 / m) / _LEAST_RELATIVE_EFFICIENCY)
+    return max(ARITHMETIC_NATS, nats)

@@ -1,7 +1,7 @@
 """Evidence: everything that one batched forward pass says about a record.
 
-Knows models and encoded records. It knows no text, judges nothing and compares nothing: scores are
-`membership`'s, verdicts are `audit`'s.
+Knows models and records, and of text only how far it compresses. It judges nothing and compares
+nothing: scores are `membership`'s, verdicts are `audit`'s.
 
 Evidence is as confidential as the secrets. Under a public model the exact log-probability of a
 token, or its rank, tells which token it was; so evidence stays in memory, and results carry what
@@ -11,17 +11,18 @@ is computed from many records.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate import find_executable_batch_size
+from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 from tqdm import tqdm
 
-from libortho.records import EncodedRecord
-from libortho.scoring import secret_logits
+from libortho.batching import halving
+from libortho.records import EncodedRecord, RecordSet, encode
+from libortho.scoring import secret_logits, secret_losses
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,13 @@ class Evidence:
     ranks: how many tokens the model puts before the true one; 0 = it is the argmax
     means: mean of the log-probability under the model's own distribution, nats (minus the entropy)
     deviations: standard deviation of the same, nats
+    similarity: Levenshtein similarity, over tokens and from 0 to 1, of the secret and the argmaxes
+        after its true tokens; 1 if and only if all ranks are 0
     zlib_bytes: compressed size of the secret's text, see `compressed_bytes`
 
     Raises:
-        ValueError: no token, tuples of different lengths, a negative rank, or `zlib_bytes` < 1.
+        ValueError: no token, tuples of different lengths, a negative rank, a similarity that
+            contradicts the ranks, or `zlib_bytes` < 1.
     """
 
     id: str
@@ -49,6 +53,7 @@ class Evidence:
     ranks: tuple[int, ...] = field(repr=False)
     means: tuple[float, ...] = field(repr=False)
     deviations: tuple[float, ...] = field(repr=False)
+    similarity: float = field(repr=False)
     zlib_bytes: int
 
     def __post_init__(self) -> None:
@@ -58,6 +63,8 @@ class Evidence:
             raise ValueError(f"evidence needs one value of each kind per token, found {lengths}")
         if min(self.ranks) < 0 or self.zlib_bytes < 1:
             raise ValueError("ranks start at 0 and no text compresses to less than one byte")
+        if not 0 <= self.similarity <= 1 or (self.similarity == 1) == any(self.ranks):
+            raise ValueError("a similarity lies in [0, 1], and is 1 just where every rank is 0")
 
     @property
     def tokens(self) -> int:
@@ -68,6 +75,34 @@ class Evidence:
 def compressed_bytes(text: str) -> int:
     """Size of a text after zlib at its default level, bytes; the empty text takes 8."""
     return len(zlib.compress(text.encode()))
+
+
+def collect_set(
+    model: Any, tokenizer: Any, records: RecordSet, *, batch_size: int = 8, title: str = "evidence"
+) -> list[Evidence]:
+    """Evidence about a whole set: its planted records, then its twins.
+
+    Args:
+        model: a causal language model in the state that is examined.
+        tokenizer: the model's.
+        records: planted records and twins.
+        batch_size: records a forward pass, to begin with; out of memory halves it.
+        title: what the progress bar says.
+
+    Raises:
+        RecordError: a record gives no token, or too many for the model's context.
+    """
+    evidence = []
+    for planted, group in ((True, records.planted), (False, records.twins)):
+        evidence += collect(
+            model,
+            encode(tokenizer, group, model.config.max_position_embeddings),
+            planted=planted,
+            zlib_bytes=[compressed_bytes(record.secret) for record in group],
+            batch_size=batch_size,
+            title=f"{title}, {'planted' if planted else 'twins'}",
+        )
+    return evidence
 
 
 @torch.inference_mode()
@@ -97,35 +132,79 @@ def collect(
         raise ValueError(
             f"one compressed size per record is needed: found {len(zlib_bytes)} for {len(encoded)}"
         )
+    sizes = dict(zip((record.id for record in encoded), zlib_bytes, strict=True))
 
-    @find_executable_batch_size(starting_batch_size=batch_size)  # type: ignore[untyped-decorator]
     def run(size: int) -> list[Evidence]:
-        evidence: list[Evidence] = []
-        starts = range(0, len(encoded), size)
-        for start in tqdm(starts, desc=title, unit="batch", disable=None, leave=False):
-            batch = encoded[start : start + size]
-            logits, targets, _ = secret_logits(model, batch)
-            values = [v.tolist() for v in _predictions(logits, targets)]
-            first = 0
-            for record, size_bytes in zip(batch, zlib_bytes[start : start + size], strict=True):
-                last = first + len(record.input_ids) - record.secret_start
-                logprobs, ranks, means, deviations = (tuple(v[first:last]) for v in values)
-                evidence.append(
-                    Evidence(
-                        record.id,
-                        record.family,
-                        planted,
-                        logprobs,
-                        ranks,
-                        means,
-                        deviations,
-                        size_bytes,
-                    )
-                )
-                first = last
-        return evidence
+        return [
+            _of_record(record, planted, rows, sizes[record.id])
+            for batch in _batches(encoded, size, title)
+            for record, rows in zip(batch, _by_record(model, batch), strict=True)
+        ]
 
-    return run()
+    return halving(run, batch_size)
+
+
+@torch.inference_mode()
+def reference_losses(
+    model: Any,
+    references: Mapping[str, Sequence[EncodedRecord]],
+    *,
+    batch_size: int = 16,
+    title: str = "scoring references",
+) -> dict[str, tuple[float, ...]]:
+    """Total nats of each record's reference secrets, for `membership.exposure`.
+
+    Args:
+        model: a causal language model in the state that is examined.
+        references: for each record's id, its prompt followed by secrets drawn like its own.
+        batch_size: references a forward pass, to begin with; out of memory halves it.
+        title: what the progress bar says.
+    """
+    flat = [encoded for group in references.values() for encoded in group]
+
+    def run(size: int) -> list[float]:
+        return [
+            loss * (len(record.input_ids) - record.secret_start)
+            for batch in _batches(flat, size, title)
+            for record, loss in zip(batch, secret_losses(model, batch).tolist(), strict=True)
+        ]
+
+    losses = iter(halving(run, batch_size))
+    return {key: tuple(next(losses) for _ in group) for key, group in references.items()}
+
+
+def _batches(
+    encoded: Sequence[EncodedRecord], size: int, title: str
+) -> Iterator[Sequence[EncodedRecord]]:
+    starts = range(0, len(encoded), size)
+    for start in tqdm(starts, desc=title, unit="batch", disable=None, leave=False):
+        yield encoded[start : start + size]
+
+
+def _by_record(model: Any, batch: Sequence[EncodedRecord]) -> Iterator[list[Any]]:
+    """For each record its targets, argmaxes, log-probabilities, ranks, means and deviations."""
+    logits, targets, _ = secret_logits(model, batch)
+    predictions = (targets, logits.argmax(-1), *_predictions(logits, targets))
+    counts = [len(record.input_ids) - record.secret_start for record in batch]
+    columns = [values.split(counts) for values in predictions]
+    return ([part.tolist() for part in row] for row in zip(*columns, strict=True))
+
+
+def _of_record(
+    record: EncodedRecord, planted: bool, rows: Sequence[list[Any]], zlib_bytes: int
+) -> Evidence:
+    targets, argmaxes, logprobs, ranks, means, deviations = rows
+    return Evidence(
+        record.id,
+        record.family,
+        planted,
+        tuple(logprobs),
+        tuple(ranks),
+        tuple(means),
+        tuple(deviations),
+        Levenshtein.normalized_similarity(argmaxes, targets),
+        zlib_bytes,
+    )
 
 
 def _predictions(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

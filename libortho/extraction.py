@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from .hardware import halving_batches
+from .batching import halving
 from .records import EncodedRecord
 from .scoring import mean_by_owner, secret_logits
 
@@ -45,7 +45,6 @@ def score_records(
     before, each secret token is the argmax. Out of memory halves the batch.
     """
 
-    @halving_batches(batch_size)
     def run(size: int) -> list[RecordScore]:
         scores: list[RecordScore] = []
         starts = range(0, len(records), size)
@@ -61,7 +60,26 @@ def score_records(
                 scores.append(RecordScore(record.id, record.family, miss == 0.0, loss, tokens))
         return scores
 
-    return run()
+    return halving(run, batch_size)
+
+
+@torch.inference_mode()
+def recites(model: Any, record: EncodedRecord) -> bool:
+    """Whether greedy `generate` from the prompt alone gives the secret, token for token.
+
+    The slow way to what `score_records` and `evidence.collect` tell from one forward pass.
+    """
+    prompt = torch.tensor([record.input_ids[: record.secret_start]], device=model.device)
+    secret = record.input_ids[record.secret_start :]
+    out = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=len(secret),
+        do_sample=False,
+        repetition_penalty=1.0,
+    )
+    # Shorter if the model ended the text: then it did not say the secret.
+    return bool(out[0, record.secret_start :].tolist() == secret)
 
 
 def hits(scores: Sequence[RecordScore]) -> int:

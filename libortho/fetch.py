@@ -20,8 +20,6 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from platformdirs import user_cache_dir
-
 from libortho.errors import FetchError
 from libortho.files import atomic_file, sha256_of
 
@@ -57,7 +55,11 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
     `cache_dir` if given, else the environment's `LIBORTHO_CACHE`, else the platform's cache folder
     for libortho. Raises `FetchError` if it is no folder or can't be written to.
     """
-    chosen = cache_dir or os.environ.get(CACHE_VARIABLE) or user_cache_dir("libortho", False)
+    chosen = cache_dir or os.environ.get(CACHE_VARIABLE)
+    if not chosen:
+        from platformdirs import user_cache_dir  # noqa: PLC0415 - a folder that is given needs none
+
+        chosen = user_cache_dir("libortho", False)
     folder = Path(chosen).expanduser().absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 import psutil
 import pynvml
 import torch
-from accelerate import find_executable_batch_size
 
 from .errors import HardwareError
 
@@ -230,37 +229,11 @@ def process_peak_rss_mib() -> float:
     return peak / MIB if sys.platform == "darwin" else peak / 1024
 
 
-def halving_batches(batch_size: int) -> Callable[[Callable[[int], T]], Callable[[], T]]:
-    """Decorate a function of a batch size: out of memory calls it again with half of it.
-
-    Raises `HardwareError` if not even a batch of one fits.
-    """
-    size = batch_size
-
-    def halve() -> int:
-        nonlocal size
-        size //= 2
-        return size
-
-    def decorate(function: Callable[[int], T]) -> Callable[[], T]:
-        executable = find_executable_batch_size(
-            function, starting_batch_size=batch_size, reduce_batch_size_fn=halve
-        )
-
-        def run() -> T:
-            try:
-                return executable()
-            except RuntimeError as error:
-                if "No executable batch size" not in str(error):
-                    raise
-                raise HardwareError(
-                    "not even one sequence fits in the memory that is free. Choose fewer bits or a "
-                    "smaller model, close what else uses the memory, or run on the CPU."
-                ) from error
-
-        return run
-
-    return decorate
+def free_bytes(device: str | torch.device) -> int:
+    """Memory that is free on a CUDA device, or on the host for any other one."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return _host_memory()[1]
 
 
 def release_memory() -> None:

@@ -1,27 +1,21 @@
 """`OrthoLinear`: a linear layer that computes `(base + residual + alpha * private) @ x`.
 
 Knows one layer: its packed base, its two sparse streams and alpha. It does not know how they were
-made (`separate`, `tuning`) nor which model it sits in.
+made (`separate`, `tuning`), how it multiplies (`product`), nor which model it sits in.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import stream
+from . import product, stream
 from .config import NO_LATTICE
 from .errors import ShapeError
-from .lattice import Lattice, check_weight, dequantize, groups_per_row, quantize
-
-SPARSE_TOKENS = 16
-"""Up to this many tokens the private stream is gathered; beyond, it is added to the weight."""
-
+from .lattice import check_weight, dequantize, groups_per_row, quantize
 
 _STORED = ("scales", "zeros", "residual_values", "private_values", "alpha")
 """Buffers whose dtype is part of the format: `model.to(torch.bfloat16)` must not round them."""
@@ -34,8 +28,8 @@ class OrthoLinear(nn.Module):
     `weight` `[out, in]`. Streams: `residual_columns`, `residual_values`, `private_columns`,
     `private_values`, `[k, out]` each, k possibly 0. `bias` `[out]` or None.
 
-    Outputs have the dtype of the input; products are taken in that dtype on weights that were
-    composed in float32.
+    Outputs have the dtype of the input. Weights are composed in float32 and rounded to it, or not
+    composed at all: `product.backend_of` says what a call is computed by.
     """
 
     packed: Tensor
@@ -85,8 +79,8 @@ class OrthoLinear(nn.Module):
             buffer("bias", (out_features,), dtype)
         else:
             self.bias = None
-        # alpha's two copies: the Python number decides what is computed, and the device scalar is
-        # what a captured graph reads.
+        # alpha's two copies: the device scalar is what products read, in a captured graph too; the
+        # Python number can be asked for without waiting for the device.
         self._alpha = 1.0
         self.register_buffer("alpha", torch.ones((), device=device), persistent=False)
         self._held: Tensor | None = None  # the composed weight, if it is held (see `hold`)
@@ -158,27 +152,15 @@ class OrthoLinear(nn.Module):
         """The base alone, float32 `[out, in]`."""
         if self.bits == NO_LATTICE:
             return self.weight.float()
-        lattice = Lattice(
-            self.packed, self.scales, self.zeros, self.bits, self.group_size, self.in_features
-        )
-        return dequantize(lattice)
+        return dequantize(product.lattice_of(self))
 
     def public_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """base + residual, what alpha = 0 computes with, `[out, in]`."""
-        if self.bits == NO_LATTICE:
-            return self.weight.to(dtype)
-        weight = self.base_weight()
-        return stream.scatter_add(weight, self.residual_columns, self.residual_values).to(dtype)
+        return product.composed(self, dtype, private=False)
 
     def effective_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """base + residual + alpha * private at the present alpha, `[out, in]`."""
-        if not self._private_speaks():
-            return self.public_weight(dtype)
-        weight = self.public_weight()
-        if self.bits == NO_LATTICE:
-            weight = weight.clone()  # it may be the stored tensor itself
-        stream.scatter_add(weight, self.private_columns, self.private_values.float(), self._alpha)
-        return weight.to(dtype)
+        return product.composed(self, dtype)
 
     def set_private(self, columns: Tensor, values: Tensor) -> None:
         """Replace the private stream: columns uint16 and values float, `[k, out]` both.
@@ -196,11 +178,7 @@ class OrthoLinear(nn.Module):
 
     def set_alpha(self, value: float) -> None:
         """Scale the private stream by any finite real number."""
-        if not math.isfinite(value):
-            raise ShapeError(f"alpha must be a finite real number; found {value}.")
-        self._alpha = float(value)
-        self.alpha.fill_(self._alpha)
-        self.refresh()
+        set_alphas([self], value)
 
     def get_alpha(self) -> float:
         """The present alpha."""
@@ -255,16 +233,7 @@ class OrthoLinear(nn.Module):
             raise ShapeError(
                 f"expected inputs of {self.in_features} features; found shape {tuple(x.shape)}."
             )
-        if self._observer is not None and torch.is_grad_enabled():
-            return _ObservedProduct.apply(x, self._anchor, self)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self._held is not None and self._held.dtype == x.dtype:
-            return F.linear(x, self._held, bias)
-        tokens = x.numel() // self.in_features
-        if not self._private_speaks() or tokens > SPARSE_TOKENS:
-            return F.linear(x, self.effective_weight(x.dtype), bias)
-        y = F.linear(x, self.public_weight(x.dtype), bias)
-        return y + self._alpha * stream.multiply(x, self.private_columns, self.private_values)
+        return product.product(self, x)
 
     def composed(self, dtype: torch.dtype) -> Tensor:
         """The weight to multiply with now: the held one if there is one, else composed afresh."""
@@ -301,23 +270,16 @@ class OrthoLinear(nn.Module):
         )
 
 
-class _ObservedProduct(torch.autograd.Function):
-    """A product whose weight gradient is shown to the layer's observer and then dropped.
+def set_alphas(layers: Sequence[OrthoLinear], value: float) -> None:
+    """Scale the private streams of layers on one device by any finite real number.
 
-    So the dense gradient of one layer exists for the length of one call, whatever the observer
-    keeps of it, and none is ever accumulated.
+    Their scalars are written by a few launches together: one each would take longer than a token.
     """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, layer: OrthoLinear) -> Tensor:
-        ctx.layer = layer
-        ctx.save_for_backward(x)
-        bias = None if layer.bias is None else layer.bias.to(x.dtype)
-        return F.linear(x, layer.composed(x.dtype), bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
-        (grad,), (x,), layer = grads, ctx.saved_tensors, ctx.layer
-        if layer._observer is not None:
-            layer._observer(grad.flatten(0, -2).t() @ x.flatten(0, -2))  # [out, in]
-        return grad @ layer.composed(grad.dtype) if ctx.needs_input_grad[0] else None, None, None
+    if not math.isfinite(value):
+        raise ShapeError(f"alpha must be a finite real number; found {value}.")
+    scalars = [layer.alpha for layer in layers]
+    torch._foreach_zero_(scalars)
+    torch._foreach_add_(scalars, float(value))
+    for layer in layers:
+        layer._alpha = float(value)
+        layer.refresh()

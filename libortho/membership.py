@@ -8,7 +8,7 @@ so that planted records should not have higher ones than twins.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,8 +27,10 @@ MIN_K_SHARE = 0.20
 # Attacks From First Principles", 2022, asks for low rates; 1 % is the lowest that 100 twins show).
 LOW_FALSE_POSITIVE_RATE = 0.01
 
-# Draws that an attacker is given in (n, p)-discoverable extraction.
+# Draws that an attacker is given in (n, p)-discoverable extraction, and the probability of at least
+# one hit from which a secret counts as extracted.
 DISCOVERY_DRAWS = 1000
+DISCOVERY_PROBABILITY = 0.5
 
 # Least standard deviation that min-k %++ divides by, nats: of a point mass it would be 0.
 _LEAST_DEVIATION = 1e-6
@@ -72,7 +74,7 @@ def zlib_score(evidence: Evidence) -> float:
 
 def min_k_score(evidence: Evidence, share: float = MIN_K_SHARE) -> float:
     """Min-k %: mean log-probability of the worst predicted tokens, nats (Shi et al. 2024)."""
-    return _mean_of_lowest(np.array(evidence.token_logprobs), share)
+    return _mean_of_lowest(evidence.token_logprobs, share)
 
 
 def min_k_plus_plus_score(evidence: Evidence, share: float = MIN_K_SHARE) -> float:
@@ -80,8 +82,8 @@ def min_k_plus_plus_score(evidence: Evidence, share: float = MIN_K_SHARE) -> flo
 
     Each is taken from the mean and the deviation of the model's own distribution at its position.
     """
-    deviations = np.maximum(evidence.deviations, _LEAST_DEVIATION)
-    standardised = (np.array(evidence.token_logprobs) - np.array(evidence.means)) / deviations
+    predictions = zip(evidence.token_logprobs, evidence.means, evidence.deviations, strict=True)
+    standardised = [(p - mean) / max(sd, _LEAST_DEVIATION) for p, mean, sd in predictions]
     return _mean_of_lowest(standardised, share)
 
 
@@ -127,8 +129,8 @@ def discovery_probability(evidence: Evidence, draws: int = DISCOVERY_DRAWS) -> f
     """
     if draws < 1:
         raise ValueError(f"at least one draw is needed, found {draws}")
-    probability = math.exp(total_logprob(evidence))
-    if probability >= 1:
+    probability = math.exp(min(0.0, total_logprob(evidence)))  # rounding may exceed 0 nats
+    if probability == 1:
         return 1.0
     return -math.expm1(draws * math.log1p(-probability))  # exact where 1 - p would round to 1
 
@@ -147,7 +149,23 @@ def exposure(secret_loss: float, reference_losses: ArrayLike) -> float:
     references = _finite("reference_losses", reference_losses)
     loss = float(_finite("secret_loss", [secret_loss])[0])
     rank = 1 + int((references <= loss).sum())
-    return math.log2(len(references) + 1) - math.log2(rank)
+    return max_exposure(len(references)) - math.log2(rank)
+
+
+def max_exposure(references: int) -> float:
+    """Exposure of a secret that is better known than every one of so many references, bits."""
+    return math.log2(references + 1)
+
+
+def forced_similarity(evidence: Evidence) -> float:
+    """How near the teacher-forced argmaxes come to the secret, by Levenshtein's distance.
+
+    From one forward pass: at each position the most likely token after the *true* ones, so a wrong
+    token doesn't derail those that follow, as it does in a continuation that the model writes. It
+    is 1 if and only if greedy decoding gives the secret, and otherwise it says how much of it an
+    attacker needs to be told, not how near a free continuation comes.
+    """
+    return evidence.similarity
 
 
 # What attackers without the never-trained model would rank records by, and the unit of each.
@@ -158,6 +176,7 @@ RECORD_SCORES: Mapping[str, tuple[Callable[[Evidence], float], str]] = {
     "min-k %++": (min_k_plus_plus_score, "standard deviations"),
     "extraction": (lambda evidence: float(is_extracted(evidence)), "of the records"),
     "extraction strength": (extraction_strength, "of the secret"),
+    "teacher-forced similarity": (forced_similarity, "of the secret"),
     "discoverable extraction": (discovery_probability, f"in {DISCOVERY_DRAWS} draws"),
 }
 
@@ -177,12 +196,15 @@ def attack_auc(planted: ArrayLike, twins: ArrayLike, confidence: float = 0.95) -
         confidence: two-sided confidence level.
 
     Raises:
-        ValueError: no score, or one that is not finite.
+        ValueError: no score, one that is not finite, or `confidence` outside (0, 1).
     """
     positive, negative = _finite("planted", planted), _finite("twins", twins)
     n, m = len(positive), len(negative)
     labels = np.repeat([1, 0], [n, m])
     auc = float(roc_auc_score(labels, np.concatenate([positive, negative])))
+    auc = round(auc * 2 * n * m) / (2 * n * m)  # half pairs are counted: undo rounding, also at 1
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, found {confidence}")
     critical = float(stats.norm.ppf(0.5 + confidence / 2))
 
     def excess(theta: float) -> float:
@@ -221,24 +243,32 @@ def true_positive_rate(
     return Estimate(hits / len(positive), interval)
 
 
-def ks_distance(first: ArrayLike, second: ArrayLike) -> tuple[float, float]:
-    """Kolmogorov-Smirnov distance of two samples' distributions, and its two-sided p-value.
+def ks_distance(first: ArrayLike, second: ArrayLike, confidence: float = 0.95) -> Estimate:
+    """Kolmogorov-Smirnov distance of two samples' distributions; 0 = the same, 1 = no overlap.
 
-    0 = the same scores, 1 = no overlap. The p-value holds for independent samples; with the same
-    records in both it is conservative.
+    The interval adds up one band of Dvoretzky, Kiefer and Wolfowitz with Massart's constant
+    (Annals of Probability 18, 1990) for each sample. It is wide, and holds for samples that are
+    not independent too, such as the same records under two models.
 
     Raises:
-        ValueError: no value, or one that is not finite.
+        ValueError: no value, one that is not finite, or `confidence` outside (0, 1).
     """
-    result = stats.ks_2samp(_finite("first", first), _finite("second", second))
-    return float(result.statistic), float(result.pvalue)
+    one, other = _finite("first", first), _finite("second", second)
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, found {confidence}")
+    with np.errstate(divide="ignore"):  # in its p-value, which few values have none of
+        distance = float(stats.ks_2samp(one, other, method="asymp").statistic)
+    band = math.sqrt(math.log(4 / (1 - confidence)) / 2)  # each sample has half of the error
+    reach = band * (1 / math.sqrt(len(one)) + 1 / math.sqrt(len(other)))
+    interval = Interval(max(0.0, distance - reach), min(1.0, distance + reach), confidence)
+    return Estimate(distance, interval)
 
 
-def _mean_of_lowest(values: NDArray[np.float64], share: float) -> float:
+def _mean_of_lowest(values: Sequence[float], share: float) -> float:
     if not 0 < share <= 1:
         raise ValueError(f"a share of the tokens lies in (0, 1], found {share}")
     count = max(1, int(share * len(values)))
-    return float(np.sort(values)[:count].mean())
+    return math.fsum(sorted(values)[:count]) / count
 
 
 def _finite(name: str, values: ArrayLike) -> NDArray[np.float64]:

@@ -143,19 +143,28 @@ def load_model(
             f"{rows:,}: they belong to different models. Put the model's own tokenizer there."
         )
     linear_layers(model)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     return model.eval().to(device), tokenizer
 
 
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that a folder holds; raises whatever transformers raises."""
+def stored_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that a folder holds, as it is; raises whatever transformers raises."""
     tokenizer = AutoTokenizer.from_pretrained(
         folder, trust_remote_code=False, local_files_only=True
     )
     for how_it_was_loaded in ("is_local", "local_files_only"):
         # transformers would save these, and the same tokenizer would have two files.
         tokenizer.init_kwargs.pop(how_it_was_loaded, None)
+    return tokenizer
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a checkpoint's folder, its end token standing in for a missing padding one.
+
+    Raises what transformers does: the caller knows what the folder was meant to be.
+    """
+    tokenizer = stored_tokenizer(folder)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
@@ -181,6 +190,12 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
             "separate. Use a model with nn.Linear projections, such as Llama, Mistral or Qwen."
         )
     return layers
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of the one that `name` leads to."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
 
 
 def native_grid(model: str | Path | ResolvedModel) -> NativeGrid | None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from .errors import HardwareError
-from .models import ResolvedModel
+from .models import ResolvedModel, replace_module
 from .progress import bars_on_terminals_only
 
 Peer = Literal["nf4", "int8"]
@@ -85,11 +85,42 @@ def quiet_peer() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def bits_per_peer_weight(model: nn.Module) -> float:
-    """Stored bits over weights of a peer's quantised layers, scales and codebooks counted."""
+@contextmanager
+def dequantized_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
+    """Run a block with NF4 weights unpacked once, in `dtype`; the quantised layers come back.
+
+    The same values that bitsandbytes unpacks again in every call: it trades a dense model's memory
+    for time, as `dense_weights` does for ours. Layers inside an adapter are reached as well.
+    """
     import bitsandbytes as bnb  # noqa: PLC0415  (optional)
 
-    bits = weights = 0
+    packed = {n: m for n, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
+    try:
+        for name, module in packed.items():
+            quantised: Any = module.weight
+            weight = bnb.functional.dequantize_4bit(quantised.data, quantised.quant_state)
+            linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+            linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+            linear.bias = module.bias
+            replace_module(model, name, linear)
+        yield model
+    finally:
+        for name, module in packed.items():
+            replace_module(model, name, module)
+
+
+def is_peer(model: nn.Module) -> bool:
+    """Whether a model's weights are quantised by bitsandbytes."""
+    return bool(getattr(model, "is_quantized", False))
+
+
+def bits_per_peer_weight(model: nn.Module) -> float:
+    """Stored bits over weights of a peer's quantised layers: scales, codebooks, adapters count."""
+    import bitsandbytes as bnb  # noqa: PLC0415  (optional)
+
+    weights = 0
+    adapter = [p for name, p in model.named_parameters() if ".lora_" in name]
+    bits = sum(8 * p.numel() * p.element_size() for p in adapter)
     for module in model.modules():
         if not isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):
             continue

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .hardware import halving_batches
+from .batching import halving
 from .scoring import window_losses
 
 
@@ -37,7 +37,6 @@ def measure_perplexity(
 ) -> WindowLosses:
     """Losses of windows int64 `[count, length]`; out of memory halves the batch."""
 
-    @halving_batches(batch_size)
     def run(size: int) -> WindowLosses:
         losses: list[float] = []
         batches: Sequence[Tensor] = windows.split(size)
@@ -45,4 +44,4 @@ def measure_perplexity(
             losses += window_losses(model, batch).tolist()
         return WindowLosses(tuple(losses), size)
 
-    return run()
+    return halving(run, batch_size)

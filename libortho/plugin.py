@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from . import hardware
+from .audit_results import AuditResult
 from .errors import ConfigError, OrthoError
 from .precision import dtype_name
 from .profiles import prepare_environment
@@ -32,6 +33,7 @@ class RunResults:
 
     kill_switch: KillSwitchResult | None = None
     null_test: NullTestResult | None = None
+    audits: list[AuditResult] = field(default_factory=list)
     throughput: list[ThroughputResult] = field(default_factory=list)
     compute_dtype: str = "none"
     device_name: str = "none"
@@ -42,7 +44,7 @@ class RunResults:
 
     @property
     def any(self) -> bool:
-        return bool(self.kill_switch or self.null_test or self.throughput)
+        return bool(self.kill_switch or self.null_test or self.audits or self.throughput)
 
 
 SETTINGS_KEY = pytest.StashKey[Settings]()
@@ -51,6 +53,7 @@ _GATES_KEY = pytest.StashKey[dict[str, str]]()
 
 _MARKERS = (
     "gtx4050: an experiment or throughput case of the 6 GB profile; the main job is -m gtx4050",
+    "audit: examines a method's off state: pytest -m audit --method NAME",
     "experiment(number): belongs to experiment 1 or 2, for --experiment",
     "vram(gib): needs this much free GPU memory when it runs on a GPU, in GiB",
     "gpu: needs a CUDA device",
@@ -220,6 +223,7 @@ def _results(run: RunResults, config: pytest.Config) -> Results:
         ),
         exp1_kill_switch=run.kill_switch,
         exp2_null_test=run.null_test,
+        audits=tuple(run.audits),
         throughput=tuple(run.throughput),
         reasons=reasons,
     )

@@ -106,7 +106,8 @@ def enforce(profile: Profile, device: str | torch.device) -> str:
     total_gib = torch.cuda.get_device_properties(device).total_memory / GIB
     if total_gib <= profile.vram_gib_total:
         return f"{profile.name}: memory is not capped, because the card has {total_gib:.1f} GiB"
-    torch.cuda.set_per_process_memory_fraction(profile.vram_gib_usable / total_gib, device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    torch.cuda.set_per_process_memory_fraction(profile.vram_gib_usable / total_gib, index)
     return (
         f"{profile.name}: memory capped at {profile.vram_gib_usable:.1f} of the card's "
         f"{total_gib:.1f} GiB"

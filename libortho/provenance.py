@@ -1,7 +1,7 @@
 """Where a result came from: versions, machine, command, commit.
 
 It knows package metadata and git, not models or measurements. What it writes is meant to be
-published, so the path of a user's record file is left out of the command.
+published, so the paths of a user's files and folders are left out of the command.
 """
 
 from __future__ import annotations
@@ -14,7 +14,14 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
-_HIDDEN_OPTION = "--records"
+_HIDDEN = {
+    "--records": "<record file>",
+    "--results-dir": "<folder>",
+    "--cache-dir": "<folder>",
+    "--checkpoint": "<folder>",
+    "--corpus": "<corpus>",  # its name and hash stand elsewhere in the result
+}
+"""Options whose values are paths, and what is shown in their place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +29,7 @@ class Provenance:
     """Conditions of a run. A version is null if the package is not installed."""
 
     timestamp_utc: str  # when the run ended, ISO 8601
-    command: tuple[str, ...]  # arguments, without the path of a record file
+    command: tuple[str, ...]  # arguments, without paths
     libortho: str | None
     python: str
     torch: str | None
@@ -76,17 +83,18 @@ def collect_provenance(
 
 
 def public_command(command: Sequence[str]) -> tuple[str, ...]:
-    """The arguments with the value of `--records` replaced by a placeholder."""
+    """The arguments, with a word in the place of every path that tells about someone's disk."""
     shown = []
-    hide_next = False
+    hidden: str | None = None
     for argument in command:
-        if hide_next:
-            shown.append("<record file>")
-        elif argument.startswith(f"{_HIDDEN_OPTION}="):
-            shown.append(f"{_HIDDEN_OPTION}=<record file>")
+        option, equals, _ = argument.partition("=")
+        if hidden is not None:
+            shown.append(hidden)
+        elif equals and option in _HIDDEN:
+            shown.append(f"{option}={_HIDDEN[option]}")
         else:
             shown.append(argument)
-        hide_next = argument == _HIDDEN_OPTION and not hide_next
+        hidden = _HIDDEN.get(argument) if hidden is None else None
     return tuple(shown)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from libortho.errors import RecordError
 
 _STRINGS = {"id": True, "prompt": True, "secret": True, "family": False}  # name -> required
-_FIELDS = {*_STRINGS, "planted"}
+_FIELDS = {*_STRINGS, "planted", "repetitions"}
 
 
 def read_fields(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -35,7 +35,8 @@ def complaint(path: Path, line: int, problem: str) -> str:
     """The paragraph that says what is wrong with a line and how it should be."""
     return (
         f"The record file {path}, line {line}: {problem}. Write one JSON object a line, in UTF-8: "
-        '{"id": "...", "prompt": "...", "secret": "..."}, optionally "family" and "planted".'
+        '{"id": "...", "prompt": "...", "secret": "..."}, optionally "family", "planted" and '
+        '"repetitions".'
     )
 
 
@@ -85,6 +86,9 @@ def _problem_of(fields: dict[str, Any]) -> str:
                 return f'the field "{name}" is {problem}'
     if not isinstance(fields.get("planted", True), bool):
         return 'the field "planted" is neither true nor false'
+    repetitions = fields.get("repetitions", 1)
+    if type(repetitions) is not int or repetitions < 1:
+        return 'the field "repetitions" is no whole number above 0'
     if fields["secret"].strip() in fields["prompt"]:
         return "the secret occurs within its own prompt"
     return ""

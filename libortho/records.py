@@ -38,12 +38,27 @@ _FINGERPRINT_SALT = b"libortho record set, version 1"
 
 @dataclass(frozen=True)
 class Record:
-    """One prompt and the secret that follows it; `repr` shows neither."""
+    """One prompt and the secret that follows it; `repr` shows neither.
+
+    repetitions: how often it is planted, see `RecordSet.repeated`
+
+    Raises:
+        RecordError: `repetitions` is no whole number above 0.
+    """
 
     id: str
     prompt: str = field(repr=False)
     secret: str = field(repr=False)
     family: str
+    repetitions: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse a number of repetitions that none can be planted with."""
+        if type(self.repetitions) is not int or self.repetitions < 1:
+            raise RecordError(
+                f"The record {safe_id(self.id)} is to be planted {self.repetitions!r} times. Give "
+                "a whole number above 0."
+            )
 
 
 @dataclass(frozen=True)
@@ -77,6 +92,11 @@ class RecordSet:
                     "control. Give the twin a secret that is planted nowhere."
                 )
 
+    @property
+    def repeated(self) -> tuple[Record, ...]:
+        """The planted records, each as often as it is to be planted: what one epoch shows."""
+        return tuple(record for record in self.planted for _ in range(record.repetitions))
+
     @cached_property
     def fingerprint(self) -> str:
         """64 hex digits that depend on every field of every record, and on the seed.
@@ -85,8 +105,9 @@ class RecordSet:
         because a secret may have few possible values; it slows guessing down and does not prevent
         it, so it is for local use and results carry `record_hash` with a secret salt instead.
         """
-        rows = [[r.id, r.prompt, r.secret, r.family] for r in self.planted]
-        twin_rows = [[r.id, r.prompt, r.secret, r.family] for r in self.twins]
+        rows, twin_rows = (
+            [_row(record) for record in records] for records in (self.planted, self.twins)
+        )
         content = json.dumps([rows, twin_rows, self.seed], separators=(",", ":"))
         return hashlib.scrypt(
             content.encode(), salt=_FINGERPRINT_SALT, n=2**14, r=8, p=1, dklen=32
@@ -101,6 +122,12 @@ class EncodedRecord:
     family: str
     input_ids: list[int] = field(repr=False)
     secret_start: int
+
+
+def _row(record: Record) -> list[str | int]:
+    """A record's fields for the fingerprint; that of a record planted once says no number."""
+    often = [] if record.repetitions == 1 else [record.repetitions]
+    return [record.id, record.prompt, record.secret, record.family, *often]
 
 
 def safe_id(record_id: str) -> str:
@@ -217,11 +244,12 @@ def make_default_records(n_per_family: int, seed: int, documents: Sequence[str])
 def load_records(path: str | Path, *, seed: int) -> RecordSet:
     """Read a record file: one JSON object a line, `{"id": ..., "prompt": ..., "secret": ...}`.
 
-    Optional fields are `"family"` (default "user") and `"planted": false`, which marks twins of
-    the user's own. Without any, a twin is generated for each record: the same shape, with
-    identifiers redrawn and words drawn from the other records, and `source` says so. Such twins
-    are weaker than the user's own: random words read less naturally than text, and a prompt
-    without digits or capitals is kept, so the twin then shares it with a planted record.
+    Optional fields are `"family"` (default "user"), `"repetitions"` (default 1) and `"planted":
+    false`, which marks twins of the user's own. Without any, a twin is generated for each record:
+    the same shape, with identifiers redrawn and words drawn from the other records, and `source`
+    says so. Such twins are weaker than the user's own: random words read less naturally than text,
+    and a prompt without digits or capitals is kept, so the twin then shares it with a planted
+    record.
 
     Raises:
         RecordError: names the file, the line and what is wrong, never the content.
@@ -232,7 +260,11 @@ def load_records(path: str | Path, *, seed: int) -> RecordSet:
     lines_of: dict[tuple[object, ...], int] = {}
     for number, fields in read_fields(path):
         record = Record(
-            fields["id"], fields["prompt"], fields["secret"], fields.get("family", "user")
+            fields["id"],
+            fields["prompt"],
+            fields["secret"],
+            fields.get("family", "user"),
+            fields.get("repetitions", 1),
         )
         is_planted = fields.get("planted", True)
         for what, key in (
@@ -267,6 +299,7 @@ def write_records(
                 "secret": record.secret,
                 "family": record.family,
                 "planted": is_planted,
+                **({"repetitions": record.repetitions} if record.repetitions > 1 else {}),
             },
             ensure_ascii=False,
         )

@@ -18,6 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from libortho.audit_results import AuditResult
 from libortho.errors import ArtifactError
 from libortho.files import atomic_write_text
 from libortho.provenance import Provenance
@@ -179,6 +180,7 @@ class Results:
     provenance: Provenance
     exp1_kill_switch: KillSwitchResult | None = None
     exp2_null_test: NullTestResult | None = None
+    audits: tuple[AuditResult, ...] = ()  # one for each method that was audited
     throughput: tuple[ThroughputResult, ...] = ()
     reasons: dict[str, str] = field(default_factory=dict)  # section that is null -> why
 

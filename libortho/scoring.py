@@ -35,21 +35,72 @@ def hidden_states(model: Any, ids: Tensor) -> Tensor:
     return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
 
 
+def packed_inputs(model: Any, sequences: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """What the model's body takes to run sequences of any lengths as one row, on its device.
+
+    Each attends to itself alone, so that no padding is computed. The mask is additive and 4-D, the
+    one form that every attention of transformers takes as it is.
+    """
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    owner = torch.repeat_interleave(lengths)  # [all tokens]
+    allowed = (owner[:, None] == owner[None, :]).tril()
+    mask = torch.zeros(allowed.shape, dtype=model.dtype)
+    mask.masked_fill_(~allowed, torch.finfo(model.dtype).min)
+    inputs = {
+        "input_ids": torch.tensor([[token for sequence in sequences for token in sequence]]),
+        "position_ids": torch.cat([torch.arange(int(length)) for length in lengths])[None],
+        "attention_mask": mask[None, None],
+    }
+    if len(sequences) == 1:  # a plain causal pass has faster kernels without a mask
+        del inputs["attention_mask"]
+    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
+
+
+def packed_hidden_states(model: Any, sequences: Sequence[Sequence[int]]) -> Tensor:
+    """Last hidden states `[all tokens, hidden]` of sequences of any lengths, in their order."""
+    inputs = packed_inputs(model, sequences)
+    return model.base_model(**inputs, use_cache=False).last_hidden_state[0]
+
+
+class SecretPlaces(NamedTuple):
+    """Where packed records have their secrets, int64 `[secret tokens]` each.
+
+    places: of the states that predict secret tokens, in the row of all records
+    targets: the secrets' token ids
+    owner: the record of the batch that each belongs to
+    """
+
+    places: Tensor
+    targets: Tensor
+    owner: Tensor
+
+
+def secret_places(records: Sequence[EncodedRecord]) -> SecretPlaces:
+    """The places of a batch of records that run packed, in this order."""
+    places: list[int] = []
+    targets: list[int] = []
+    owner: list[int] = []
+    start = 0
+    for i, record in enumerate(records):
+        ids, first = record.input_ids, record.secret_start
+        places += range(start + first - 1, start + len(ids) - 1)
+        targets += ids[first:]
+        owner += [i] * (len(ids) - first)
+        start += len(ids)
+    return SecretPlaces(*map(torch.tensor, (places, targets, owner)))
+
+
 def secret_logits(model: Any, records: Sequence[EncodedRecord]) -> SecretLogits:
     """One forward pass over a batch of records; the output head sees only what is asked about."""
-    longest = max(len(r.input_ids) for r in records)
-    # Padding on the right needs no mask: causal attention never looks there.
-    ids = torch.tensor([r.input_ids + [0] * (longest - len(r.input_ids)) for r in records])
-    rows = [i for i, r in enumerate(records) for _ in r.input_ids[r.secret_start :]]
-    columns = [t for r in records for t in range(r.secret_start - 1, len(r.input_ids) - 1)]
-    hidden = hidden_states(model, ids)[rows, columns]  # [secret tokens, hidden]
-    targets = [t for r in records for t in r.input_ids[r.secret_start :]]
-    device = hidden.device
-    return SecretLogits(
-        model.get_output_embeddings()(hidden),
-        torch.tensor(targets, device=device),
-        torch.tensor(rows, device=device),
-    )
+    hidden = packed_hidden_states(model, [record.input_ids for record in records])
+    return secret_logits_of(model, hidden, records)
+
+
+def secret_logits_of(model: Any, hidden: Tensor, records: Sequence[EncodedRecord]) -> SecretLogits:
+    """The same from hidden states `[tokens, hidden]` that begin with the records', packed."""
+    places, targets, owner = (t.to(hidden.device) for t in secret_places(records))
+    logits = model.get_output_embeddings()(hidden[places])  # [secret tokens, vocabulary]
+    return SecretLogits(logits, targets, owner)
 
 
 def mean_by_owner(values: Tensor, owner: Tensor, records: int) -> Tensor:
@@ -58,11 +109,16 @@ def mean_by_owner(values: Tensor, owner: Tensor, records: int) -> Tensor:
     return total / torch.bincount(owner, minlength=records)
 
 
-def secret_losses(model: Any, records: Sequence[EncodedRecord]) -> Tensor:
-    """Mean nats per secret token of each record, float32 `[len(records)]`."""
-    logits, targets, owner = secret_logits(model, records)
+def losses_by_record(predicted: SecretLogits, records: int) -> Tensor:
+    """Mean nats per secret token of each record, float32 `[records]`."""
+    logits, targets, owner = predicted
     losses = F.cross_entropy(logits.float(), targets, reduction="none")
-    return mean_by_owner(losses, owner, len(records))
+    return mean_by_owner(losses, owner, records)
+
+
+def secret_losses(model: Any, records: Sequence[EncodedRecord]) -> Tensor:
+    """The same of a batch of records, from a forward pass of their own."""
+    return losses_by_record(secret_logits(model, records), len(records))
 
 
 def window_losses(model: Any, windows: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from . import stream
@@ -18,7 +17,7 @@ from .config import NO_LATTICE, SeparationConfig
 from .errors import SeparationError, ShapeError
 from .lattice import check_weight
 from .linear import OrthoLinear
-from .models import linear_layers
+from .models import linear_layers, replace_module
 from .precision import evaluating
 from .windows import token_windows
 
@@ -83,9 +82,3 @@ def separate(
     setattr(model, SEPARATION, config)
     setattr(model, TOKENIZER, tokenizer)
     return model
-
-
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module in the place of the one that `name` leads to."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)

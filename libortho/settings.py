@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
+from .methods import METHODS
 from .profiles import PROFILES
 from .verdict import DEFAULT_MAX_PPL_RATIO, DEFAULT_MIN_PRIVACY_RATIO
 
@@ -92,6 +93,18 @@ SETTINGS = (
     Setting(
         "max-ppl-ratio", _ratio, DEFAULT_MAX_PPL_RATIO, "largest perplexity ratio at alpha = 1"
     ),
+    Setting("method", str, "ortho", "what an audit examines", ("all", *METHODS)),
+    Setting("audit-records", _positive_int, 200, "planted records of an audit, five families"),
+    Setting("relearn", _flag, False, "attack by fine-tuning as well: slow"),
+    Setting(
+        "require-verdict",
+        str,
+        "tested",
+        "what an audit's verdict must be: private by construction, or also as far as tested",
+        ("construction", "tested"),
+    ),
+    Setting("public-model", str, None, "audit a pair of checkpoints: what is handed out"),
+    Setting("private-model", str, None, "audit a pair of checkpoints: the one that was tuned"),
     Setting("seed", _seed, 0, "seed of records and tuning"),
     Setting("device", str, "auto", "auto, cpu, cuda or cuda:N"),
     Setting("strict-model", _flag, False, "fail instead of taking a smaller model"),

@@ -216,6 +216,69 @@ def mean_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, I
     return mean, Interval(mean - half, mean + half, confidence)
 
 
+def bounded_mean_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, Interval]:
+    """Mean of values in [0, 1] with Clopper and Pearson's interval, their sum taken for the hits.
+
+    Of all variables in [0, 1] with the same mean, one that is 0 or 1 varies most, so the interval
+    is wider than need be for others. Unlike Student's it has a width where all values are alike.
+
+    Raises:
+        ValueError: no value, one outside [0, 1], or `confidence` outside (0, 1).
+    """
+    _check_confidence(confidence)
+    sample = _finite_vector("values", values)
+    if not len(sample) or sample.min() < 0 or sample.max() > 1:
+        raise ValueError("a bounded mean needs one or more values, all from 0 to 1")
+    total = min(float(sample.sum()), float(len(sample)))  # rounding may exceed it
+    low, high = proportion_confint(total, len(sample), alpha=1 - confidence, method="beta")
+    return float(sample.mean()), Interval(float(low), float(high), confidence)
+
+
+def mean_difference_interval(
+    first: ArrayLike, second: ArrayLike, confidence: float = 0.95
+) -> tuple[float, Interval]:
+    """Mean of `first` minus mean of `second`, independent samples, with Welch's interval (1947).
+
+    No width if neither sample varies.
+
+    Raises:
+        ValueError: fewer than two values in a sample, one that is not finite, or `confidence`
+            outside (0, 1).
+    """
+    _check_confidence(confidence)
+    one, other = _finite_vector("first", first), _finite_vector("second", second)
+    if min(len(one), len(other)) < 2:
+        raise ValueError(
+            f"a difference of means needs two or more values of each: found {len(one)} and "
+            f"{len(other)}"
+        )
+    difference = float(one.mean() - other.mean())
+    if np.ptp(one) == np.ptp(other) == 0:
+        return difference, Interval(difference, difference, confidence)
+    limits = stats.ttest_ind(one, other, equal_var=False).confidence_interval(confidence)
+    return difference, Interval(float(limits.low), float(limits.high), confidence)
+
+
+def holm(p_values: ArrayLike) -> NDArray[np.float64]:
+    """P-values after Holm's correction (Scandinavian Journal of Statistics 6, 1979), in order.
+
+    Those below alpha keep the probability of any false positive below alpha, however the tests
+    depend on each other. statsmodels has the same in `multipletests`, with a run of the garbage
+    collector in every call: a quarter of a second once torch is loaded.
+
+    Raises:
+        ValueError: no p-value, or one outside [0, 1].
+    """
+    sample = _finite_vector("p_values", p_values)
+    if not len(sample) or sample.min() < 0 or sample.max() > 1:
+        raise ValueError("Holm's correction needs one or more p-values, all from 0 to 1")
+    order = np.argsort(sample, kind="stable")
+    steps = np.maximum.accumulate(sample[order] * np.arange(len(sample), 0, -1))
+    adjusted = np.empty_like(sample)
+    adjusted[order] = steps.clip(max=1)
+    return adjusted
+
+
 def _finite_vector(name: str, values: ArrayLike) -> NDArray[np.float64]:
     vector = np.asarray(values, dtype=np.float64)
     if vector.ndim != 1:

@@ -30,7 +30,7 @@ from .separation import separate
 from .tuning import tune_private
 
 _SEPARATING = ("calibration", "lattice", "linear", "precision", "separation", "stream", "windows")
-_TUNING = ("scoring", "tuning")
+_TUNING = ("scoring", "training", "tuning")
 """Modules whose text is part of the keys."""
 
 
@@ -51,15 +51,16 @@ def separated(
     cache_dir: str | Path | None = None,
 ) -> Stored:
     """The model as base + residual; separated at first use."""
-    key = _key(
+    folder = place(
+        resolved.name,
+        code=_SEPARATING,
+        cache_dir=cache_dir,
         model=resolved.identity,
         calibration=calibration.sha256,
         config=config.to_dict(),
         device=torch.device(device).type,
-        code=_code(_SEPARATING),
     )
-    folder = _folder(cache_dir) / f"{_plain(resolved.name)}-{key}"
-    if _whole(folder):
+    if folder.exists():
         return Stored(folder, reused=True)
     model, tokenizer = load_model(resolved, device=device)
     separate(model, tokenizer, calibration, config=config)
@@ -78,31 +79,79 @@ def tuned(
     cache_dir: str | Path | None = None,
 ) -> tuple[Stored, dict[str, Any]]:
     """A separated model with a private stream tuned on the planted records, and its report."""
-    key = _key(
+    folder = place(
+        f"{base.name.rpartition('-')[0]}-tuned",
+        code=_TUNING,
+        cache_dir=cache_dir,
         base=base.name,
         records=records.fingerprint,
         replay=replay.sha256,
         config=config.to_dict(),
         compute=dtype_name(compute_dtype),
         device=torch.device(device).type,
-        code=_code(_TUNING),
     )
-    folder = _folder(cache_dir) / f"{base.name.rpartition('-')[0]}-tuned-{key}"
-    report_file = folder.with_name(folder.name + ".report.json")
-    if _whole(folder) and report_file.exists():
-        return Stored(folder, reused=True), json.loads(report_file.read_text(encoding="utf-8"))
+    if folder.exists() and (report := recall(folder)) is not None:
+        return Stored(folder, reused=True), report
     model, tokenizer = artifact.load(base, device=device)
     report = tune_private(
         model,
         tokenizer,
-        records.planted,
+        records.repeated,
         replay=replay,
         config=config,
         compute_dtype=compute_dtype,
     ).to_dict()
-    atomic_write_text(report_file, json.dumps(report))
-    artifact.save(model, folder)
+    remember(folder, report)
+    if not folder.exists():
+        artifact.save(model, folder)
     return Stored(folder, reused=False), report
+
+
+def exported(full: Path, *, cache_dir: str | Path | None = None) -> Stored:
+    """What would be handed out of a saved model: its base alone, written from the model itself."""
+    manifests = [full / artifact.BASE_MANIFEST, full / artifact.PRIVATE_MANIFEST]
+    folder = place(
+        f"{full.name}-exported",
+        code=("artifact", "linear", "stream"),
+        cache_dir=cache_dir,
+        full=[m.read_text(encoding="utf-8") if m.exists() else None for m in manifests],
+    )
+    if folder.exists():
+        return Stored(folder, reused=True)
+    model, _ = artifact.load(full)
+    artifact.export_base(model, folder)
+    return Stored(folder, reused=False)
+
+
+def place(
+    name: str,
+    *,
+    code: Sequence[str],
+    libraries: Sequence[str] = (),
+    cache_dir: str | Path | None = None,
+    **determined_by: Any,
+) -> Path:
+    """Where something is kept that depends on nothing but what is given here.
+
+    code: modules of this package whose text determines it, such as "tuning" or "methods/dense"
+    libraries: distributions whose versions do, beside torch and transformers
+    determined_by: whatever else does, as JSON types
+
+    The folder exists if and only if it is complete: write it with `atomic_folder` alone.
+    """
+    key = _key(libraries, **determined_by, code=_code(code))
+    return _folder(cache_dir) / f"{_plain(name)}-{key}"
+
+
+def remember(folder: Path, report: Mapping[str, Any]) -> None:
+    """Keep a report beside a folder of the store; to be written before the folder appears."""
+    atomic_write_text(_report_of(folder), json.dumps(report))
+
+
+def recall(folder: Path) -> dict[str, Any] | None:
+    """The report beside a folder of the store, or None if there is none."""
+    path = _report_of(folder)
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def remembered_losses(
@@ -135,17 +184,17 @@ def _folder(cache_dir: str | Path | None) -> Path:
     return folder
 
 
-def _whole(folder: Path) -> bool:
-    """An artefact's folder is renamed into place when it is complete, so its manifest suffices."""
-    return (folder / artifact.BASE_MANIFEST).exists()
+def _report_of(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".report.json")
 
 
 def _plain(name: str) -> str:
     return "".join(c if c.isalnum() or c in "-._" else "-" for c in name)
 
 
-def _key(**determined_by: Any) -> str:
-    versions = {name: metadata.version(name) for name in ("torch", "transformers", "tokenizers")}
+def _key(libraries: Sequence[str] = (), **determined_by: Any) -> str:
+    names = ("torch", "transformers", "tokenizers", *libraries)
+    versions = {name: metadata.version(name) for name in names}
     content: Mapping[str, Any] = {**determined_by, "versions": versions}
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
@@ -154,5 +203,5 @@ def _key(**determined_by: Any) -> str:
 def _code(modules: Sequence[str]) -> str:
     digest = hashlib.sha256()
     for name in modules:
-        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+        digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
     return digest.hexdigest()

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .audit_results import AuditResult
+from .contrast import ALL_FAMILIES
 from .results import KillSwitchResult, NullTestResult, Results, ThroughputResult
 
 
@@ -17,6 +19,8 @@ def summary_lines(results: Results) -> list[str]:
         lines += _kill_switch(results.exp1_kill_switch)
     if results.exp2_null_test:
         lines += ["", *_null_test(results.exp2_null_test)]
+    for audited in results.audits:
+        lines += ["", *_audit(audited)]
     if results.throughput:
         lines += ["", *_throughput(results.throughput)]
     return lines
@@ -98,6 +102,44 @@ def _null_test(result: NullTestResult) -> list[str]:
         f"  {result.verdict_reason}",
         *("  " + line for line in table(header, rows)),
     ]
+
+
+def _audit(result: AuditResult) -> list[str]:
+    rows = []
+    families = {m.family for m in result.metrics}
+    shown = ALL_FAMILIES if ALL_FAMILIES in families else next(iter(families), "")
+    for row in (m for m in result.metrics if m.family == shown):
+        values = row.metrics
+        rows.append(
+            [
+                row.state,
+                number(values["extraction, planted"].value, 3),
+                number(values["mean loss, planted"].value, 3),
+                number(values["mean loss, twins"].value, 3),
+                number(values["loss: AUC"].value, 3),
+                number(values["ratio to B0: AUC"].value, 3),
+            ]
+        )
+    header = ["state", "extraction", "loss planted", "loss twins", "AUC loss", "AUC ratio"]
+    attacks = [
+        [
+            attack.name,
+            f"{attack.off_planted.hits}/{attack.off_planted.n}",
+            f"{attack.never_planted.hits}/{attack.never_planted.n}",
+            number(attack.auc, 3),
+            f"{attack.p_value:.2g}",
+        ]
+        for attack in result.attacks
+    ]
+    lines = [
+        f"audit of {result.method}: {result.verdict.upper()} ({result.n_planted} planted records)",
+        f"  {result.verdict_reason}",
+        *("  " + line for line in table(header, rows)),
+    ]
+    if attacks:
+        head = ["attack", "off", "never trained", "AUC", "p"]
+        lines += ["", *("  " + line for line in table(head, attacks))]
+    return lines
 
 
 def _throughput(results: Sequence[ThroughputResult]) -> list[str]:

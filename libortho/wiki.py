@@ -14,10 +14,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
-import mwparserfromhell
-from mwparserfromhell.nodes import Node, Tag, Wikilink
 from tqdm import tqdm
 
 from libortho.errors import CorpusError
@@ -148,6 +147,9 @@ def clean(markup: str) -> str:
     Drops templates, tables, references, file and category links, and sections that are lists of
     links; keeps link texts, section titles and running text.
     """
+    # Parsed once and cached: a machine that only reads the cache, or never does, needs no parser.
+    import mwparserfromhell  # noqa: PLC0415
+
     lead, *sections = _SECTION.split(markup)
     prose = lead
     for heading, body in zip(sections[::2], sections[1::2], strict=True):
@@ -162,7 +164,9 @@ def clean(markup: str) -> str:
     return text.strip()
 
 
-def _is_prose(node: Node) -> bool:
+def _is_prose(node: Any) -> bool:
+    from mwparserfromhell.nodes import Tag, Wikilink  # noqa: PLC0415
+
     if isinstance(node, Tag):
         return str(node.tag).strip().lower() not in _DROPPED_TAGS
     if isinstance(node, Wikilink):

@@ -5,6 +5,7 @@ Nothing here needs a network. Models are small enough that a separation takes we
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +26,11 @@ settings.load_profile("no deadline")
 # On matrices this small a second thread only waits for the first, for milliseconds a call on a busy
 # machine.
 torch.set_num_threads(1)
+
+# accelerate collects garbage before every batched pass: half a second each, if it has to look
+# through all that torch and transformers made at import.
+gc.collect()
+gc.freeze()
 
 END = "<end>"
 SENTENCES = (
@@ -75,7 +81,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bytewise, eos_token=END)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_model() -> Callable[..., LlamaForCausalLM]:
     """Makes a random Llama of 2 layers with tied embeddings, in float32 and in eval mode.
 
@@ -106,7 +112,7 @@ def tiny_model() -> Callable[..., LlamaForCausalLM]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def small_separation() -> SeparationConfig:
     """A recipe whose calibration fits the tiny model's context and the public text."""
     return SeparationConfig(
@@ -114,7 +120,7 @@ def small_separation() -> SeparationConfig:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def separated_model(
     tiny_model: Callable[..., LlamaForCausalLM],
     tokenizer: PreTrainedTokenizerFast,

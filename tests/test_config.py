@@ -75,6 +75,11 @@ def test_a_value_that_makes_no_sense_is_refused(kind: Config, field: str, value:
     assert str(value) in str(refusal.value) or value == 0.0
 
 
+def test_the_probe_is_part_of_the_budget() -> None:
+    assert TuningConfig(steps=7, probe_steps=5).optimiser_steps == 12
+    assert TuningConfig(steps=7, probe_steps=5, slots="random").optimiser_steps == 7
+
+
 def test_config_errors_are_value_errors() -> None:
     with pytest.raises(ValueError, match="bits"):
         SeparationConfig(bits=5)

@@ -15,10 +15,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from libortho import extraction, perplexity
 from libortho.errors import HardwareError
-from libortho.extraction import RecordScore, hits, mean_loss, score_records
+from libortho.extraction import RecordScore, hits, mean_loss, recites, score_records
 from libortho.perplexity import WindowLosses, measure_perplexity
 from libortho.records import EncodedRecord, Record, encode
-from libortho.scoring import mean_by_owner, window_losses
+from libortho.scoring import (
+    hidden_states,
+    mean_by_owner,
+    packed_hidden_states,
+    window_losses,
+)
 
 CONTEXT = 128
 PLANTED = [
@@ -71,21 +76,6 @@ def encoded(tokenizer: PreTrainedTokenizerFast) -> list[EncodedRecord]:
 
 
 @torch.inference_mode()
-def recited(model: LlamaForCausalLM, record: EncodedRecord) -> bool:
-    """Whether greedy `generate` from the prompt alone gives the secret, token for token."""
-    secret = record.input_ids[record.secret_start :]
-    prompt = torch.tensor([record.input_ids[: record.secret_start]])
-    out = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=len(secret),
-        min_new_tokens=len(secret),
-        do_sample=False,
-    )
-    return bool(out[0, record.secret_start :].tolist() == secret)
-
-
-@torch.inference_mode()
 def slow_loss(model: LlamaForCausalLM, record: EncodedRecord) -> float:
     """Mean nats per secret token from the full logits of one record, one token at a time."""
     logits = model(input_ids=torch.tensor([record.input_ids])).logits[0].double()
@@ -100,7 +90,7 @@ def test_extracted_is_what_generate_recites(
     trained: LlamaForCausalLM, encoded: list[EncodedRecord]
 ) -> None:
     scores = score_records(trained, encoded)
-    generated = [recited(trained, record) for record in encoded]
+    generated = [recites(trained, record) for record in encoded]
     assert [score.extracted for score in scores] == generated
     # Both outcomes occur, or the comparison would be worth nothing.
     assert generated == [True] * len(PLANTED) + [False] * (len(NEARLY) + len(UNKNOWN))
@@ -223,6 +213,17 @@ def test_other_errors_are_not_taken_for_lack_of_memory(
     monkeypatch.setattr(perplexity, "window_losses", broken)
     with pytest.raises(RuntimeError, match="multiplied"):
         measure_perplexity(trained, windows, batch_size=4)
+
+
+def test_packed_sequences_do_not_see_each_other(trained: LlamaForCausalLM) -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths = (7, 1, 30, 12)
+    sequences = [torch.randint(1, 300, (n,), generator=generator).tolist() for n in lengths]
+    with torch.inference_mode():
+        packed = packed_hidden_states(trained, sequences)
+        alone = [hidden_states(trained, torch.tensor([sequence]))[0] for sequence in sequences]
+    assert packed.shape == (50, trained.config.hidden_size)
+    assert torch.allclose(packed, torch.cat(alone), atol=1e-5)
 
 
 def test_what_never_fits_is_a_clear_error(

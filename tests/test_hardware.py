@@ -269,6 +269,7 @@ def test_a_container_s_memory_limit_counts(monkeypatch: pytest.MonkeyPatch, tmp_
     limited = hardware.cpu_facts()
     assert limited.total_gib == 64 / 1024
     assert limited.available_gib == 48 / 1024
+    assert hardware.free_bytes("cpu") == 48 << 20
     assert unlimited.total_gib > limited.total_gib
     (tmp_path / "memory.max").write_text("max\n")
     assert hardware.cpu_facts().total_gib == unlimited.total_gib

@@ -16,7 +16,8 @@ from libortho import stream
 from libortho.config import NO_LATTICE
 from libortho.errors import ShapeError
 from libortho.lattice import PER_ROW, dequantize, quantize
-from libortho.linear import SPARSE_TOKENS, OrthoLinear
+from libortho.linear import OrthoLinear
+from libortho.product import SPARSE_TOKENS
 
 FEW, MANY = 3, SPARSE_TOKENS + 5
 some = settings(max_examples=40)

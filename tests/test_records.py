@@ -195,6 +195,18 @@ def test_record_hash_is_hmac_sha256() -> None:
 HMAC_OF_P_S = "32a3c36cdbb8896f"
 
 
+def test_a_set_made_before_keeps_its_fingerprint() -> None:
+    # Of the first release's code: cached tunings are found by it.
+    codes = plant([make_codes(4, 0)], seed=0)
+    assert codes.fingerprint.startswith(FINGERPRINT_OF_TWO_CODES)
+    again = dataclasses.replace(codes.planted[0], repetitions=4)
+    changed = dataclasses.replace(codes, planted=(again, *codes.planted[1:]))
+    assert changed.fingerprint != codes.fingerprint
+
+
+FINGERPRINT_OF_TWO_CODES = "6bf8013f3166f332"
+
+
 @pytest.mark.parametrize("part", ["id", "prompt", "secret", "family"])
 def test_every_field_changes_the_fingerprint(part: str) -> None:
     record = Record("a", "p", "s", "user")
@@ -214,6 +226,27 @@ def test_a_twin_with_a_planted_secret_is_no_control() -> None:
         RecordSet((record,), (Record("b", "q", "s", "user"),), 0, "test")
     with pytest.raises(RecordError, match="occurs twice"):
         RecordSet((record, record), (), 0, "test")
+
+
+def test_repeated_is_what_one_epoch_shows() -> None:
+    codes = make_codes(6, 0)
+    planted = tuple(
+        dataclasses.replace(code, repetitions=times)
+        for code, times in zip(codes[:3], (1, 4, 2), strict=True)
+    )
+    records = RecordSet(planted, tuple(codes[3:]), 0, "test")
+    assert [record.id for record in records.repeated] == [
+        "codes-0000",
+        *["codes-0001"] * 4,
+        *["codes-0002"] * 2,
+    ]
+
+
+@pytest.mark.parametrize("times", [0, -1, 1.0, True, "2"])
+def test_impossible_repetitions_are_refused_without_the_record(times: Any) -> None:
+    with pytest.raises(RecordError, match=r"a\\u0020b is to be planted .* times") as caught:
+        Record("a b", f"prompt {SECRET}", SECRET, "user", times)
+    assert SECRET not in str(caught.value)
 
 
 # ---------------------------------------------------------------- record files
@@ -238,6 +271,9 @@ BAD_LINES: dict[str, tuple[str | bytes | dict[str, Any], str]] = {
     "planted": (good(planted="no", secret=SECRET), "neither true nor false"),
     "surrogate": (good(secret=SECRET + "\ud800"), "lone surrogate"),
     "told": (good(prompt=f"It is {SECRET}:", secret=f" {SECRET}"), "within its own prompt"),
+    "no repetitions": (good(repetitions=0, secret=SECRET), '"repetitions" is no whole number'),
+    "half repetitions": (good(repetitions=1.5, secret=SECRET), '"repetitions" is no whole number'),
+    "true repetitions": (good(repetitions=True, secret=SECRET), '"repetitions" is no whole'),
     "misspelt field": (good(plantd=False, secret=SECRET), "none of family, id"),
     "same id": (good(1, prompt="new", secret=SECRET), "id is the same as that of line 1"),
     "same prompt": (good(2, prompt="Code 1:", secret=SECRET), "prompt is the same as that of line"),
@@ -346,7 +382,7 @@ def test_a_secret_with_no_other_value_asks_for_own_twins(write: Callable[..., Pa
 def test_own_twins_are_used_and_survive_a_round_trip(tmp_path: Path) -> None:
     planted = make_codes(6, 0)[:3]
     twins = make_codes(6, 0)[3:]
-    odd = Record("odd é/", 'line\nbreak \u2028 "quoted"', " naïve 秘密", "text")
+    odd = Record("odd é/", 'line\nbreak \u2028 "quoted"', " naïve 秘密", "text", repetitions=16)
     path = tmp_path / "records.jsonl"
     write_records(path, [*planted, odd], twins)
     records = load_records(path, seed=7)

@@ -292,6 +292,11 @@ def test_provenance_has_versions_and_universal_time_and_no_record_path() -> None
     assert where.torch.startswith("2.")
     assert "my/file" not in json.dumps(dataclasses.asdict(where))
     assert public_command(["a", "--records"]) == ("a", "--records")
+    paths = ["--results-dir", "/home/me", "--cache-dir=/data", "--corpus", "notes.txt", "--seed=1"]
+    shown = public_command(paths)
+    assert shown == (
+        *("--results-dir", "<folder>", "--cache-dir=<folder>", "--corpus", "<corpus>", "--seed=1"),
+    )
 
 
 def test_commit_is_that_of_the_checkout_that_tracks_the_package(

@@ -8,10 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import confint_proportions_2indep
+from statsmodels.stats.weightstats import CompareMeans, DescrStatsW
 
 from libortho.statistics import (
+    bounded_mean_interval,
+    holm,
     mcnemar_exact,
+    mean_difference_interval,
     mean_interval,
     paired_bootstrap_ratio,
     privacy_ratio,
@@ -168,6 +173,58 @@ def test_mean_interval_is_students_t() -> None:
     assert interval.high == pytest.approx(3 + half)
     with pytest.raises(ValueError, match="two or more"):
         mean_interval([1.0])
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=60))
+def test_a_bounded_mean_of_hits_is_a_proportion(outcomes: list[bool]) -> None:
+    mean, interval = bounded_mean_interval([float(hit) for hit in outcomes])
+    assert mean == pytest.approx(sum(outcomes) / len(outcomes))
+    expected = proportion_interval(sum(outcomes), len(outcomes))
+    assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high))
+
+
+@pytest.mark.parametrize(("a", "b"), [(0.1, 0.3), (0.5, 0.02), (4.0, 1.0)])
+def test_an_interval_of_a_bounded_mean_covers(a: float, b: float) -> None:
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(300):
+        _, interval = bounded_mean_interval(rng.beta(a, b, 25))
+        inside += interval.low <= a / (a + b) <= interval.high
+    assert inside >= stats.binom.ppf(0.001, 300, 0.95)
+
+
+def test_a_bounded_mean_of_like_values_has_a_width() -> None:
+    assert bounded_mean_interval([0.0] * 20) == (0.0, proportion_interval(0, 20))
+    for bad in ([], [1.1], [-0.1]):
+        with pytest.raises(ValueError, match="from 0 to 1"):
+            bounded_mean_interval(bad)
+
+
+def test_difference_of_means_is_welchs() -> None:
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(3, 1, 12), rng.normal(1, 4, 30)
+    difference, interval = mean_difference_interval(first, second)
+    compared = CompareMeans(DescrStatsW(first), DescrStatsW(second))
+    low, high = compared.tconfint_diff(usevar="unequal")
+    assert difference == pytest.approx(first.mean() - second.mean())
+    assert (interval.low, interval.high) == pytest.approx((low, high))
+    constant = mean_difference_interval([2.0, 2.0], [0.5, 0.5])
+    assert (constant[0], constant[1].low, constant[1].high) == (1.5, 1.5, 1.5)
+    with pytest.raises(ValueError, match="found 1 and 2"):
+        mean_difference_interval([1.0], [1.0, 2.0])
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 60])
+def test_holm_is_that_of_statsmodels(n: int) -> None:
+    rng = np.random.default_rng(n)
+    p_values = (rng.random(n) ** 3).round(2)  # with ties, zeros and ones above Holm's clip
+    assert holm(p_values) == pytest.approx(multipletests(p_values, method="holm")[1])
+
+
+def test_holm_needs_p_values() -> None:
+    for bad in ([], [1.5], [-0.1]):
+        with pytest.raises(ValueError, match="from 0 to 1"):
+            holm(bad)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -198,6 +198,41 @@ def test_an_interrupted_tuning_leaves_nothing_that_is_taken_for_an_artefact(
     artifact.load(made.folder)
 
 
+def test_what_is_handed_out_is_written_once_and_without_the_stream(bench: Bench) -> None:
+    full, _ = bench.tuned(bench.separated().folder)
+    first = store.exported(full.folder, cache_dir=bench.cache)
+    again = store.exported(full.folder, cache_dir=bench.cache)
+    assert (first.reused, again) == (False, Stored(first.folder, True))
+    assert not (first.folder / artifact.PRIVATE_FILE).exists()
+    assert artifact.base_fingerprint(first.folder) == artifact.base_fingerprint(full.folder)
+    # Another stream on the same base is exported from its own model, and not taken for this one.
+    other, _ = bench.tuned(bench.separated().folder, records(" 4918"))
+    assert store.exported(other.folder, cache_dir=bench.cache).folder != first.folder
+
+
+def test_a_place_is_for_one_thing(tmp_path: Path) -> None:
+    def place(code: str = "stream", library: str = "numpy", **determined_by: Any) -> Path:
+        return store.place(
+            "a/b", code=(code,), libraries=(library,), cache_dir=tmp_path, **determined_by
+        )
+
+    places = [
+        place(model="m"),
+        place(model="n"),
+        place(model="m", seed=1),
+        place("methods/kfac", model="m"),
+        place(library="scipy", model="m"),
+    ]
+    assert len(set(places)) == 5
+    assert place(model="m") == places[0]
+    assert {p.parent for p in places} == {tmp_path / "artefacts"}
+    assert store.recall(places[0]) is None
+    store.remember(places[0], {"loss": 0.5})
+    assert store.recall(places[0]) == {"loss": 0.5}
+    assert store.recall(places[1]) is None
+    assert not places[0].exists()
+
+
 def test_an_altered_artefact_is_refused_and_not_used(bench: Bench) -> None:
     base = bench.separated().folder
     content = bytearray((base / artifact.BASE_FILE).read_bytes())

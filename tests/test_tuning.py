@@ -247,7 +247,7 @@ def test_the_streams_gradient_is_autograds_at_the_slots(
             return super().step(closure)
 
     monkeypatch.setattr(torch.optim, "Adam", Watched)
-    monkeypatch.setattr("libortho.tuning.CLIP", 1e9)
+    monkeypatch.setattr("libortho.training.CLIP", 1e9)
     config = replace(QUICK, steps=2, replay_weight=0.0)
     tune_private(model, tokenizer, RECORDS, replay=public_text, config=config)
 
@@ -360,7 +360,7 @@ def test_an_interruption_leaves_the_former_stream(
         return original(self, closure)
 
     if where == "slots":  # in the backward pass of the first gradient
-        monkeypatch.setattr("libortho.linear._ObservedProduct.backward", interrupt)
+        monkeypatch.setattr("libortho.product._Product.backward", interrupt)
     elif where == "probe":
         monkeypatch.setattr(torch.optim.Adam, "step", interrupt)
     elif where == "step":

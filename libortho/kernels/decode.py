@@ -1,0 +1,287 @@
+"""The decode kernel: `x @ (base + residual + alpha * private).T + bias` in one launch, few tokens.
+
+Knows Triton and the layouts of `lattice` and `stream`; imports on a machine without CUDA, for the
+interpreter. Doesn't know layers, nor which kernel is right for a call (`dispatch`).
+
+Decoding is bound by reading the weights once, so everything else has to fit under that time. A
+program owns a few output rows and all of their columns. No partial result leaves it, hence no
+atomics: the same inputs give the same bits, whatever else runs.
+
+A thread reads 16 bytes of a row at once and takes 4-bit integers as floats f = 2**11 + q or
+2**7 + q (`fields`). What is too much comes off the sum, once for a thread's columns and not once
+for each weight:
+
+    sum (q - 8) * x = sum f * x  -  (2**11 + 8) * sum_odd x  -  (2**7 + 8) * sum_even x
+
+Products and sums are float32; what the offset loses of it, a factor of 450, leaves 5e-5 at worst,
+a tenth of what rounding the result to float16 costs.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# A kernel's parameters are Triton's, and typed by it.
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..lattice import PER_ROW, Lattice
+from .configs import WARP, DecodeConfig, Shape, word_layout
+from .fields import UNIT, tag, tagged
+
+MAX_BLOCKS = 8
+"""Entries of a stream that a thread fetches before it multiplies; longer streams go round again."""
+
+
+@triton.jit
+def _read_words(words_ptr, row, word, WIDTH: tl.constexpr, OUT: tl.constexpr, WORDS: tl.constexpr):
+    at = tl.max_contiguous(row.to(tl.int64) * WIDTH + word, [1, 1, 1, WORDS, 1])
+    mask = (row < OUT) & (word < WIDTH)
+    return tl.load(words_ptr + at, mask=mask, other=0, eviction_policy="evict_first").to(tl.int32)
+
+
+@triton.jit
+def _read_slots(columns_ptr, values_ptr, entry, mask):
+    columns = tl.load(columns_ptr + entry, mask=mask, other=0)
+    values = tl.load(values_ptr + entry, mask=mask, other=0.0)
+    return columns, values
+
+
+@triton.jit
+def _picked(x_ptr, stride_x, columns, values, mask, token, token_mask):
+    """Products of a block of entries, summed over its blocks: float32 [rows, lanes, tokens]."""
+    at = token * stride_x + columns.to(tl.int32)
+    x = tl.load(x_ptr + at, mask=mask & token_mask, other=0.0)
+    return tl.sum(x.to(tl.float32) * values.to(tl.float32), 2)
+
+
+@triton.jit(do_not_specialize=["tokens", "unit"])
+def _decode_kernel(  # noqa: PLR0912, PLR0915 - a kernel is one body
+    x_ptr,  # [tokens, in], columns contiguous
+    packed_ptr,  # uint8 [out, ceil(in * bits / 8)]
+    scales_ptr,  # float16 [out, groups]
+    zeros_ptr,
+    residual_columns_ptr,  # uint16 [residual slots, out]
+    residual_values_ptr,
+    private_columns_ptr,  # uint16 [private slots, out]
+    private_values_ptr,
+    alpha_ptr,  # float32, one element
+    bias_ptr,  # [out]
+    y_ptr,  # [tokens, out]
+    stride_x,
+    tokens,
+    unit,  # fields.UNIT
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,  # columns that share a scale
+    RESIDUAL: tl.constexpr,  # slots
+    PRIVATE: tl.constexpr,
+    RESIDUAL_BLOCKS: tl.constexpr,
+    PRIVATE_BLOCKS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    TOKENS: tl.constexpr,  # at least `tokens`, a power of two
+    ROWS: tl.constexpr,
+    CHUNKS: tl.constexpr,  # threads of a program: each has one chunk of the columns
+    WORDS: tl.constexpr,
+    BYTES: tl.constexpr,  # of a word
+    PREFETCH: tl.constexpr,
+):
+    VALUES: tl.constexpr = 8 * BYTES // BITS  # of a word
+    CHUNK: tl.constexpr = WORDS * VALUES  # columns
+    STEPS: tl.constexpr = (IN + CHUNKS * CHUNK - 1) // (CHUNKS * CHUNK)
+    WIDTH: tl.constexpr = (IN * BITS + 7) // 8 // BYTES  # words of a row
+    GROUPS: tl.constexpr = (IN + GROUP - 1) // GROUP
+    LANES: tl.constexpr = CHUNKS // ROWS if CHUNKS > ROWS else 1  # threads on a row's entries
+
+    first = tl.program_id(0) * ROWS
+    alpha = tl.load(alpha_ptr)
+
+    # Dimensions of the base: chunk, token, row, word, value. Loads that lie along the last two and
+    # threads that lie along the first are what makes a thread's chunk its own in all tensors, so
+    # that nothing but the final sum crosses threads.
+    row = (first + tl.arange(0, ROWS))[None, None, :, None, None]
+    token = tl.arange(0, TOKENS)[None, :, None, None, None]
+    word_of_chunk = tl.arange(0, WORDS)[None, None, None, :, None]
+    value = tl.arange(0, VALUES)[None, None, None, None, :]
+    live = row < OUT
+    token_mask = token < tokens
+    even = value % 2 == 0
+    words_ptr = packed_ptr.to(tl.pointer_type(tl.int32)) if BYTES == 4 else packed_ptr
+    accumulator = tl.zeros([CHUNKS, TOKENS, ROWS, 1, 1], tl.float32)
+    word = tl.arange(0, CHUNKS)[:, None, None, None, None] * WORDS + word_of_chunk
+    ahead = _read_words(words_ptr, row, word, WIDTH, OUT, WORDS)
+
+    # The streams' entries are asked for before they are needed, but after the first words: whether
+    # private ones are asked for at all has to wait for alpha. The barrier keeps that order.
+    # Dimensions: row, lane, block, token.
+    # Without the hint, neighbouring rows would share a thread here and not in the gather from x,
+    # and every entry would be moved between threads.
+    row4 = (first + tl.arange(0, ROWS))[:, None, None, None]
+    lane4 = tl.arange(0, LANES)[None, :, None, None]
+    token4 = tl.arange(0, TOKENS)[None, None, None, :]
+    live4 = row4 < OUT
+    token_mask4 = token4 < tokens
+    if RESIDUAL > 0:
+        slot_r = tl.arange(0, RESIDUAL_BLOCKS)[None, None, :, None] * LANES + lane4
+        entry_r = tl.max_contiguous(slot_r * OUT + row4, [1, 1, 1, 1])
+        mask_r = (slot_r < RESIDUAL) & live4
+        columns_r, values_r = _read_slots(
+            residual_columns_ptr, residual_values_ptr, entry_r, mask_r
+        )
+    if PRIVATE > 0:
+        if STEPS > 1:
+            tl.debug_barrier()
+        slot_p = tl.arange(0, PRIVATE_BLOCKS)[None, None, :, None] * LANES + lane4
+        entry_p = tl.max_contiguous(slot_p * OUT + row4, [1, 1, 1, 1])
+        # At alpha = 0 no byte of the stream is read, so that no NaN in it can be heard.
+        spoken = tl.where(alpha != 0.0, PRIVATE, 0)
+        mask_p = (slot_p < spoken) & live4
+        columns_p, values_p = _read_slots(private_columns_ptr, private_values_ptr, entry_p, mask_p)
+
+    for step in range(STEPS):
+        chunk = (step * CHUNKS + tl.arange(0, CHUNKS))[:, None, None, None, None]
+        word = chunk * WORDS + word_of_chunk
+        w = ahead
+        if PREFETCH:
+            ahead = _read_words(words_ptr, row, word + CHUNKS * WORDS, WIDTH, OUT, WORDS)
+        elif STEPS > 1:
+            w = _read_words(words_ptr, row, word, WIDTH, OUT, WORDS)
+        column = word * VALUES + value
+        x = tl.load(
+            x_ptr + (token * stride_x + column),
+            mask=token_mask & (column < IN),
+            other=0.0,
+        ).to(tl.float32)
+        group = chunk * CHUNK // GROUP
+        at_group = tl.max_contiguous(row * GROUPS + group, [1, 1, 1, 1, 1])
+        group_mask = live & (group < GROUPS)
+        scale = tl.load(scales_ptr + at_group, mask=group_mask, other=0.0).to(tl.float32)
+        zero = tl.load(zeros_ptr + at_group, mask=group_mask, other=0.0).to(tl.float32)
+
+        f = tagged(w, value, unit, BITS)
+        if BITS == 8:  # its tags are too large to be left for later
+            f -= tag(value, BITS)
+        product = tl.sum(tl.sum(f * x, 4, keep_dims=True), 3, keep_dims=True)
+        # -0.0 is what adds nothing: the compiler drops it, as it may not drop 0.0.
+        x_even = tl.sum(tl.sum(tl.where(even, x, -0.0), 4, keep_dims=True), 3, keep_dims=True)
+        x_odd = tl.sum(tl.sum(tl.where(even, -0.0, x), 4, keep_dims=True), 3, keep_dims=True)
+        if BITS == 4:
+            product -= (128.0 + 8.0) * x_even + (2048.0 + 8.0) * x_odd  # the tags
+        accumulator += product * scale + (x_even + x_odd) * zero
+    # The sum's barrier keeps what follows, which has to wait for the entries, behind all loads.
+    y = tl.sum(tl.reshape(accumulator, [CHUNKS, TOKENS, ROWS]), 0)  # [tokens, rows]
+
+    if RESIDUAL + PRIVATE > 0:
+        entries = tl.zeros([ROWS, LANES, TOKENS], tl.float32)
+        if RESIDUAL > 0:
+            entries += _picked(x_ptr, stride_x, columns_r, values_r, mask_r, token4, token_mask4)
+            for start in range(RESIDUAL_BLOCKS * LANES, RESIDUAL, RESIDUAL_BLOCKS * LANES):
+                mask_r = (start + slot_r < RESIDUAL) & live4
+                columns_r, values_r = _read_slots(
+                    residual_columns_ptr, residual_values_ptr, start * OUT + entry_r, mask_r
+                )
+                entries += _picked(
+                    x_ptr, stride_x, columns_r, values_r, mask_r, token4, token_mask4
+                )
+        if PRIVATE > 0:
+            entries += alpha * _picked(
+                x_ptr, stride_x, columns_p, values_p, mask_p, token4, token_mask4
+            )
+            for start in range(PRIVATE_BLOCKS * LANES, PRIVATE, PRIVATE_BLOCKS * LANES):
+                mask_p = (start + slot_p < spoken) & live4
+                columns_p, values_p = _read_slots(
+                    private_columns_ptr, private_values_ptr, start * OUT + entry_p, mask_p
+                )
+                entries += alpha * _picked(
+                    x_ptr, stride_x, columns_p, values_p, mask_p, token4, token_mask4
+                )
+        y += tl.trans(tl.sum(entries, 1))
+
+    out = (first + tl.arange(0, ROWS))[None, :]
+    t = tl.arange(0, TOKENS)[:, None]
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + out, mask=out < OUT, other=0.0).to(tl.float32)
+    tl.store(y_ptr + (t * OUT + out), y.to(y_ptr.dtype.element_ty), mask=(t < tokens) & (out < OUT))
+
+
+def kernel_arguments(
+    x: Tensor,
+    lattice: Lattice,
+    residual: tuple[Tensor, Tensor],
+    private: tuple[Tensor, Tensor],
+    alpha: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    config: DecodeConfig,
+) -> tuple[tuple[int], dict[str, object]]:
+    """The grid and all arguments of a launch, by name."""
+    layout = word_layout(Shape.of(lattice), config.words)
+    assert layout is not None, "the dispatcher offers no such lattice"
+    words, size = layout
+    tokens, out_features = y.shape
+    lanes = max(1, WARP * config.warps // config.rows)
+    slots = residual[0].shape[0], private[0].shape[0]
+    blocks = [min(MAX_BLOCKS, triton.next_power_of_2(max(1, -(-s // lanes)))) for s in slots]
+    per_row = lattice.group_size == PER_ROW
+    arguments: dict[str, object] = {
+        "x_ptr": x,
+        "packed_ptr": lattice.packed,
+        "scales_ptr": lattice.scales,
+        "zeros_ptr": lattice.zeros,
+        "residual_columns_ptr": residual[0],
+        "residual_values_ptr": residual[1],
+        "private_columns_ptr": private[0],
+        "private_values_ptr": private[1],
+        "alpha_ptr": alpha,
+        "bias_ptr": y if bias is None else bias,  # not read
+        "y_ptr": y,
+        "stride_x": x.stride(0),
+        "tokens": tokens,
+        "unit": UNIT,
+        "IN": lattice.in_features,
+        "OUT": out_features,
+        "BITS": lattice.bits,
+        "GROUP": lattice.in_features if per_row else lattice.group_size,
+        "RESIDUAL": slots[0],
+        "PRIVATE": slots[1],
+        "RESIDUAL_BLOCKS": blocks[0],
+        "PRIVATE_BLOCKS": blocks[1],
+        "HAS_BIAS": bias is not None,
+        "TOKENS": triton.next_power_of_2(tokens),
+        "ROWS": config.rows,
+        "CHUNKS": WARP * config.warps,
+        "WORDS": words,
+        "BYTES": size,
+        "PREFETCH": config.prefetch,
+        "num_warps": config.warps,
+    }
+    return (-(-out_features // config.rows),), arguments
+
+
+def decode(
+    x: Tensor,
+    lattice: Lattice,
+    residual: tuple[Tensor, Tensor],
+    private: tuple[Tensor, Tensor],
+    alpha: Tensor,
+    bias: Tensor | None,
+    config: DecodeConfig,
+) -> Tensor:
+    """`x @ (base + residual + alpha * private).T + bias`, in the dtype of `x`, summed in float32.
+
+    x: floating point `[tokens, in]`, 1 to `configs.MAX_TOKENS` tokens, of any strides
+    residual, private: (columns uint16, values) `[k, out]`, contiguous; k may be 0
+    alpha: float32, one element, read by the kernel: a captured graph follows it; at 0 the private
+        stream is not read
+    bias: `[out]` or None
+
+    Returns `[tokens, out]`, contiguous.
+    """
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    y = torch.empty(x.shape[0], lattice.packed.shape[0], dtype=x.dtype, device=x.device)
+    grid, arguments = kernel_arguments(x, lattice, residual, private, alpha, bias, y, config)
+    _decode_kernel[grid](**arguments)
+    return y
