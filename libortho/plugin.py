@@ -21,6 +21,7 @@ from .errors import ConfigError, OrthoError
 from .precision import dtype_name
 from .profiles import prepare_environment
 from .provenance import collect_provenance
+from .report import write_report
 from .results import KillSwitchResult, NullTestResult, Results, ThroughputResult, write_results
 from .settings import SETTINGS, Settings, join_options, resolve
 from .summary import summary_lines
@@ -38,7 +39,8 @@ class RunResults:
     device_name: str = "none"
     notes: list[str] = field(default_factory=list)
     written: Path | None = None
-    failure: str | None = None
+    report: Path | None = None
+    failures: list[str] = field(default_factory=list)
 
     @property
     def any(self) -> bool:
@@ -182,16 +184,24 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         return
     if config.stash[_GATES_KEY] and exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
-    run = config.stash[RESULTS_KEY]
-    if run.any:
+    run, settings = config.stash[RESULTS_KEY], config.stash[SETTINGS_KEY]
+    if not run.any:
+        if settings.report is not None:
+            run.notes.append(f"nothing was measured, so {settings.report} was not written")
+        return
+    results = _results(run, config)
+    try:
+        run.written = write_results(results, settings.results_dir)
+    except (OSError, ValueError, OrthoError) as error:
+        run.failures.append(f"the results file was not written: {error}")
+    if settings.report is not None:
+        name = run.written.name if run.written else "this run"
         try:
-            run.written = write_results(
-                _results(run, config), config.stash[SETTINGS_KEY].results_dir
-            )
+            run.report = write_report([(name, results)], settings.report)
         except (OSError, ValueError, OrthoError) as error:
-            run.failure = f"the results file was not written: {error}"
-            if session.exitstatus == pytest.ExitCode.OK:
-                session.exitstatus = pytest.ExitCode.TESTS_FAILED
+            run.failures.append(f"the report was not written: {error}")
+    if run.failures and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def _results(run: RunResults, config: pytest.Config) -> Results:
@@ -221,17 +231,20 @@ def _results(run: RunResults, config: pytest.Config) -> Results:
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     gates, run = config.stash[_GATES_KEY], config.stash[RESULTS_KEY]
-    if run.any:
+    if run.any or (run.notes and config.stash[SETTINGS_KEY].report is not None):
         terminalreporter.section("libortho")
         for note in run.notes:
             terminalreporter.line(f"note: {note}")
+    if run.any:
         for line in summary_lines(_results(run, config)):
             terminalreporter.line(line)
         terminalreporter.line("")
         if run.written:
             terminalreporter.line(f"results: {run.written}")
-        if run.failure:
-            terminalreporter.line(run.failure, red=True)
+        if run.report:
+            terminalreporter.line(f"report: {run.report}")
+        for failure in run.failures:
+            terminalreporter.line(failure, red=True)
     if gates:
         terminalreporter.section("gates that did not run", red=True)
         for nodeid, reason in gates.items():

@@ -78,6 +78,7 @@ SETTINGS = (
     Setting("experiment", str, "all", "1: kill switch, 2: null test", ("1", "2", "all")),
     Setting("cache-dir", Path, None, "where downloads and artefacts are kept"),
     Setting("results-dir", Path, Path(), "where the results file is written"),
+    Setting("report", Path, None, "write an HTML page of the results to this file"),
     Setting("profile", str, "gtx4050", "conditions of the run", tuple(PROFILES)),
     Setting("canaries", _positive_int, None, "planted records of each family [the profile's]"),
     Setting("records", Path, None, "your own records, JSON lines: id, prompt, secret"),

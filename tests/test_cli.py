@@ -1,8 +1,10 @@
-"""The command line: what it prints, and the exit code of every kind of ending."""
+"""The command line as a whole, and check-gpu: what is printed, and how every ending ends."""
 
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from libortho import __main__ as cli
-from libortho import hardware
+from libortho import cli, hardware
+from libortho.cli import machine as machine_commands
+from libortho.cli.output import columns
 from libortho.errors import HardwareError
 from libortho.registry import REGISTRY
 
@@ -99,7 +102,7 @@ def test_a_card_that_hides_its_memory_is_shown_as_unknown(
 
 
 def test_columns_are_aligned() -> None:
-    lines = cli._table([["a", "bbb", "c"], ["aaaa", "b", "c"]])
+    lines = columns([["a", "bbb", "c"], ["aaaa", "b", "c"]])
     assert lines == ["  a     bbb  c", "  aaaa  b    c"]
 
 
@@ -109,7 +112,7 @@ def test_a_refusal_is_one_paragraph_on_stderr_and_exit_code_2(
     def refuse() -> None:
         raise HardwareError("The card is asleep. Wake it.")
 
-    monkeypatch.setattr(cli, "gather_facts", refuse)
+    monkeypatch.setattr(machine_commands, "gather_facts", refuse)
     assert cli.main(["check-gpu"]) == 2
     written = capsys.readouterr()
     assert written.err == "libortho: The card is asleep. Wake it.\n"
@@ -122,7 +125,7 @@ def test_an_interrupt_ends_with_130_and_no_traceback(
     def interrupt() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "gather_facts", interrupt)
+    monkeypatch.setattr(machine_commands, "gather_facts", interrupt)
     assert cli.main(["check-gpu"]) == 130
     assert "Traceback" not in capsys.readouterr().err
 
@@ -142,3 +145,66 @@ def test_version_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["--version"])
     assert ended.value.code == 0
     assert capsys.readouterr().out.startswith("libortho ")
+
+
+COMMANDS = (
+    "check-gpu",
+    "plan",
+    "separate",
+    "tune",
+    "export-base",
+    "fingerprint",
+    "generate",
+    "report",
+    "compare",
+)
+
+
+def helped(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*arguments, "--help"])
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_lists_every_command_and_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    text = helped(capsys)
+    for command in COMMANDS:
+        assert f"    {command}" in text
+    assert "Exit codes: 0 done or yes; 1 the answer is no" in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_commands_help_has_examples_that_parse_and_exit_codes(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = helped(capsys, command)
+    assert "exit codes: 0 " in text
+    assert "130 interrupted" in text
+    examples = [line.strip() for line in text.splitlines() if line.startswith("  libortho ")]
+    assert examples
+    for example in examples:
+        words = shlex.split(example.partition(" >")[0].partition(" <")[0])
+        options = cli._parser().parse_args(words[1:])
+        assert words[1] == command
+        assert callable(options.run)
+
+
+def test_an_error_of_several_lines_is_told_as_one_paragraph(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse() -> None:
+        raise HardwareError("One line.\n  Another.")
+
+    monkeypatch.setattr(machine_commands, "gather_facts", refuse)
+    assert cli.main(["check-gpu"]) == 2
+    assert capsys.readouterr().err == "libortho: One line. Another.\n"
+
+
+def test_a_reader_that_goes_away_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as gone:
+        monkeypatch.setattr("sys.stdout", gone)
+        assert cli.main(["check-gpu", "--json"]) == 141
+        gone.write("what is written later is dropped")

@@ -9,6 +9,7 @@ import pytest
 
 from libortho import hardware
 from libortho.hardware import Card
+from libortho.report import render
 from libortho.results import read_results
 from libortho.settings import SETTINGS
 
@@ -389,3 +390,51 @@ def test_a_value_that_is_no_json_turns_the_run_red(run: Run, pytester: pytest.Py
     assert result.ret == FAILED
     assert "throughput" in output(result)
     assert results_in(pytester.path) == []
+
+
+# --- the report ---------------------------------------------------------------------------------
+
+PASSES = FAILS_LATER.replace("assert 0", "pass")
+
+
+def test_a_report_shows_what_the_results_file_holds(run: Run, pytester: pytest.Pytester) -> None:
+    result = run(PASSES, "--report", "new/report.html")
+    assert result.ret == OK
+    (path,) = results_in(pytester.path)
+    page = (pytester.path / "new" / "report.html").read_text(encoding="utf-8")
+    assert page == render([(path.name, read_results(path))])
+    assert 'data-figure="throughput.alpha1.decode.tokens_per_s">12.5<' in page
+    assert "report: new/report.html" in output(result)
+
+
+def test_a_report_is_written_for_a_run_that_fails(run: Run, pytester: pytest.Pytester) -> None:
+    assert run(FAILS_LATER, "--report=report.html").ret == FAILED
+    assert (pytester.path / "report.html").exists()
+
+
+def test_without_the_option_there_is_no_report(run: Run, pytester: pytest.Pytester) -> None:
+    assert run(PASSES).ret == OK
+    assert not list(pytester.path.glob("**/*.html"))
+
+
+def test_a_report_that_cannot_be_written_turns_the_run_red(
+    run: Run, pytester: pytest.Pytester
+) -> None:
+    (pytester.path / "occupied").write_text("a file")
+    result = run(PASSES, "--report", "occupied/report.html")
+    assert result.ret == FAILED
+    assert "the report was not written" in output(result)
+    assert len(results_in(pytester.path)) == 1
+
+
+def test_no_report_shows_a_value_that_is_no_json(run: Run, pytester: pytest.Pytester) -> None:
+    result = run(PASSES.replace("12.5", "float('nan')"), "--report", "report.html")
+    assert result.ret == FAILED
+    assert not (pytester.path / "report.html").exists()
+
+
+def test_a_report_of_nothing_is_not_written_and_said(run: Run, pytester: pytest.Pytester) -> None:
+    result = run("def test_one(): pass", "--report", "report.html")
+    assert result.ret == OK
+    assert "nothing was measured, so report.html was not written" in output(result)
+    assert not (pytester.path / "report.html").exists()
