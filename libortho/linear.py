@@ -7,7 +7,7 @@ made (`separate`, `tuning`), how it multiplies (`product`), nor which model it s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -178,11 +178,7 @@ class OrthoLinear(nn.Module):
 
     def set_alpha(self, value: float) -> None:
         """Scale the private stream by any finite real number."""
-        if not math.isfinite(value):
-            raise ShapeError(f"alpha must be a finite real number; found {value}.")
-        self._alpha = float(value)
-        self.alpha.fill_(self._alpha)
-        self.refresh()
+        set_alphas([self], value)
 
     def get_alpha(self) -> float:
         """The present alpha."""
@@ -272,3 +268,18 @@ class OrthoLinear(nn.Module):
             f"group_size={self.group_size}, residual={self.residual_columns.shape[0]}, "
             f"private={self.private_columns.shape[0]}, alpha={self._alpha}"
         )
+
+
+def set_alphas(layers: Sequence[OrthoLinear], value: float) -> None:
+    """Scale the private streams of layers on one device by any finite real number.
+
+    Their scalars are written by a few launches together: one each would take longer than a token.
+    """
+    if not math.isfinite(value):
+        raise ShapeError(f"alpha must be a finite real number; found {value}.")
+    scalars = [layer.alpha for layer in layers]
+    torch._foreach_zero_(scalars)
+    torch._foreach_add_(scalars, float(value))
+    for layer in layers:
+        layer._alpha = float(value)
+        layer.refresh()

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .errors import SeparationError
-from .linear import OrthoLinear
+from .linear import OrthoLinear, set_alphas
 
 
 def ortho_layers(model: nn.Module) -> dict[str, OrthoLinear]:
@@ -28,8 +28,7 @@ def ortho_layers(model: nn.Module) -> dict[str, OrthoLinear]:
 
 def set_alpha(model: nn.Module, value: float) -> None:
     """Scale every private stream of the model by `value`, any finite real number."""
-    for layer in ortho_layers(model).values():
-        layer.set_alpha(value)
+    set_alphas(list(ortho_layers(model).values()), value)
 
 
 def get_alpha(model: nn.Module) -> float:

@@ -1,0 +1,108 @@
+"""Check and time the kernels on a GPU: `python -m bench.gpu_kernels --out kernels.json`.
+
+Checks them against float64, then times decode at the layer shapes of Llama 3 8B and Llama 3.2 3B
+over candidate configs, with PyTorch's INT4 product and dense products on the same card beside them,
+going round more operands than the L2 cache holds. Stops in time: sections come in order of
+importance, and the file is written after each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from bench.gpu_checks import CHECKS, check_layer, check_random, check_switching
+from bench.gpu_run import Run
+from bench.gpu_timings import (
+    DENSITY,
+    SEVERAL,
+    SHAPES,
+    bandwidth,
+    eager,
+    format_cases,
+    formats,
+    prompt_cases,
+    prompts,
+    several_candidates,
+    several_tokens,
+    single_token,
+)
+from bench.kernel_cases import Case
+from bench.kernel_compiler import Compiler
+from libortho.kernels import autotune
+from libortho.kernels.configs import DecodeConfig
+
+
+def measured_lines(run: Run) -> list[str]:
+    """The winners, as lines for `libortho.kernels.configs.MEASURED`."""
+    lines = []
+    for section in ("8B, 1 token", "3B, 1 token", "several tokens"):
+        for entry in run.found.get(section, {}).values():
+            if isinstance(entry, dict) and "shape" in entry and entry["with_streams"][0]["us"]:
+                config = DecodeConfig(**entry["with_streams"][0]["config"])
+                key = (*entry["shape"], entry.get("tokens", 1))
+                lines.append(f"{key}: {config},")
+    return lines
+
+
+def plan() -> list[Case]:
+    """Everything to build, in the order in which it is needed."""
+    cases = [c for case in CHECKS for c in (case, replace(case, config=None))]
+    for family, shapes in SHAPES.items():
+        for shape in shapes.values():
+            for case in (Case(*shape).with_streams(DENSITY), Case(*shape)):
+                configs = autotune.candidates(case.shape, 1)
+                cases += [replace(case, config=config) for config in configs]
+        if family == "8B":
+            cases += prompt_cases().values()
+    for tokens in SEVERAL:
+        for shape in SHAPES["8B"].values():
+            case = Case(*shape, tokens).with_streams(DENSITY)
+            cases += [replace(case, config=config) for config in several_candidates(case)]
+    return cases + format_cases()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="where the JSON file is written")
+    parser.add_argument("--seconds", type=float, default=420.0, help="time that may be taken")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=max(1, (os.cpu_count() or 2) - 2),
+        help="processes that build kernels",
+    )
+    options = parser.parse_args()
+    # Nothing that was tuned before may enter, and the platform's folder need not exist.
+    os.environ["LIBORTHO_CACHE"] = tempfile.mkdtemp()
+    major, minor = torch.cuda.get_device_capability(0)
+    compiler = Compiler(options.processes, 10 * major + minor)
+    compiler.submit(plan())
+    run = Run(options.out, options.seconds, compiler)
+    try:
+        run.section("bandwidth", bandwidth)
+        run.section("random cases", check_random)
+        run.section("switching", check_switching)
+        run.section("8B, 1 token", single_token("8B"))
+        run.section("layer", check_layer)
+        run.section("prompts", prompts)
+        run.section("eager", eager)
+        run.section("3B, 1 token", single_token("3B"))
+        run.section("several tokens", several_tokens)
+        run.section("formats", formats)
+        run.found["measured"] = measured_lines(run)
+        run.write()
+    finally:
+        compiler.close()
+    print("\n".join([*run.found.get("measured", ()), *run.lines]))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
