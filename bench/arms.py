@@ -22,12 +22,15 @@ from libortho.hardware import release_memory
 from libortho.models import ResolvedModel, load_model, load_tokenizer
 from libortho.peers import PEER_OF_BITS, bits_per_peer_weight, load_peer, quiet_peer
 from libortho.precision import computing_in, dtype_name
+from libortho.product import backend_of
 from libortho.separation import separate
 
 OURS = ("alpha1", "alpha0", "never-trained")
 PEERS = ("nf4", "int8")
 PLAIN = "plain"
 REFERENCE = "reference"
+PROMPT_TOKENS = 512
+"""Tokens of the prompt whose execution is named."""
 DENSE_SHARE = 0.35
 """Composed weights are held in memory if they take at most this share of what is free."""
 
@@ -116,13 +119,20 @@ class Arms:
         return Arm(name, model, tokenizer, stored, text, "")
 
     def _execution(self, model: Any) -> tuple[bool, str]:
-        layers = (m for m in model.modules() if isinstance(m, libortho.OrthoLinear))
+        """Whether to hold composed weights, and what then multiplies, and why."""
+        layers = [m for m in model.modules() if isinstance(m, libortho.OrthoLinear)]
         width = torch.finfo(self.dtype).bits // 8
         dense = sum(layer.in_features * layer.out_features for layer in layers) * width
+        largest = max(layers, key=lambda layer: layer.in_features * layer.out_features)
         if self.device == "cpu":
-            free = psutil.virtual_memory().available
+            free, fused = psutil.virtual_memory().available, False
         else:
             free = torch.cuda.mem_get_info(self.device)[0]
-        if dense <= DENSE_SHARE * free:
+            fused = backend_of(largest, 1, self.dtype).name == "triton-decode"
+        if not fused and dense <= DENSE_SHARE * free:
             return True, "composed weights held in memory"
-        return False, "composed from the packed weights in every call: holding them takes too much"
+        one, many = (backend_of(largest, n, self.dtype) for n in (1, PROMPT_TOKENS))
+        return False, (
+            f"packed weights: a token by {one.name} ({one.reason}), a prompt by {many.name} "
+            f"({many.reason})"
+        )

@@ -1,27 +1,20 @@
-"""Cases for the kernels on a GPU: random operands, float64 references, compiling ahead.
+"""Cases for the kernels on a GPU: shapes, random operands and float64 references.
 
-Knows how to make a layer's tensors of a given shape without a model. Compiling takes seconds a
-kernel and a GPU's time is dear, so kernels are built by other processes while the first are
-measured; they leave their outcome in Triton's cache, where this process finds it.
+Knows how to make a layer's tensors of a given shape without a model.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import random
-from collections.abc import Iterable
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from libortho import stream
-from libortho.kernels.compose import _compose_kernel, compose_arguments
 from libortho.kernels.configs import DecodeConfig, Shape, word_layout
-from libortho.kernels.decode import _decode_kernel, kernel_arguments
 from libortho.lattice import PER_ROW, Lattice, groups_per_row, unpack
 from libortho.linear import OrthoLinear
 
@@ -123,9 +116,8 @@ def random_layer(case: Case, seed: int, *, device: str = "cuda") -> OrthoLinear:
     return layer
 
 
-def reference_weight(operands: Operands) -> Tensor:
+def reference_weight(lattice: Lattice, residual: Stream, private: Stream, alpha: Tensor) -> Tensor:
     """base + residual + alpha * private, float64 `[out, in]`."""
-    _, lattice, residual, private, alpha, _ = operands
     q = unpack(lattice.packed, lattice.bits, lattice.in_features).double()
     size = lattice.in_features if lattice.group_size == PER_ROW else lattice.group_size
     group = torch.arange(lattice.in_features, device=q.device) // size
@@ -171,54 +163,3 @@ def random_cases(count: int, seed: int) -> list[Case]:
             )
         )
     return cases
-
-
-# --- compiling ahead ----------------------------------------------------------------------------
-
-
-def compile_case(case: Case) -> str | None:
-    """Build a case's kernel into Triton's cache; what went wrong, or None."""
-    try:
-        operands = make_operands(case, 0)
-        if case.config is None:
-            weight = torch.empty(
-                case.out_features, case.in_features, dtype=DTYPES[case.dtype], device="cuda"
-            )
-            grid, arguments = compose_arguments(*operands[1:5], weight)
-            _compose_kernel.warmup(grid=grid, **arguments)
-        else:
-            y = torch.empty(case.tokens, case.out_features, dtype=operands.x.dtype, device="cuda")
-            grid, arguments = kernel_arguments(*operands, y, case.config)
-            _decode_kernel.warmup(grid=grid, **arguments)
-    except Exception as error:  # the process that measures decides what to make of it
-        return f"{type(error).__name__}: {error}"[:500]
-    return None
-
-
-class Compiler:
-    """A pool of processes that build kernels; `ready` waits for one."""
-
-    def __init__(self, processes: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(processes, mp_context=context)
-        self._futures: dict[Case, Future[str | None]] = {}
-
-    def submit(self, cases: Iterable[Case]) -> None:
-        for case in cases:
-            if case not in self._futures:
-                self._futures[case] = self._pool.submit(compile_case, case)
-
-    def ready(self, case: Case, timeout_s: float) -> str | None:
-        """None once the kernel is built; else what went wrong."""
-        self.submit([case])
-        try:
-            return self._futures[case].result(timeout=max(0.1, timeout_s))
-        except TimeoutError:
-            return "not built in time"
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-    def counts(self) -> dict[str, Any]:
-        done = [f for f in self._futures.values() if f.done() and not f.cancelled()]
-        return {"submitted": len(self._futures), "done": len(done)}

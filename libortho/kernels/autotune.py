@@ -62,16 +62,20 @@ def chosen(lattice: Lattice, tokens: int) -> Chosen:
 
 
 def candidates(shape: Shape, tokens: int) -> list[DecodeConfig]:
-    """Configs worth timing: the ones whose registers and steps make sense."""
+    """Configs worth timing: they fill a card, and their registers and steps make sense."""
+    few = shape.out_features <= 2048
     all_words = {1: (4,), 2: (4,)}.get(tokens, (2, 1))
     found = []
-    for rows, warps, words in itertools.product((2, 4, 8, 16), (1, 2, 4), all_words):
+    for rows, warps, words in itertools.product(
+        (2, 4, 8) if few else (4, 8, 16), (1, 2, 4), all_words
+    ):
         layout = word_layout(shape, words)
         if layout is None or rows * tokens > 64:
             continue
         columns = layout[0] * layout[1] * 8 // shape.bits * 32 * warps
         steps = -(-shape.in_features // columns)
-        if steps * columns > 1.4 * shape.in_features and warps > 1:
+        wasteful = steps * columns > 1.4 * shape.in_features and warps > 1
+        if wasteful or (rows == 16 and steps > 1):  # 16 rows of two steps don't fit in registers
             continue
         ahead = (False,) if steps == 1 else (True,) if tokens > 1 else (False, True)
         found += [DecodeConfig(rows, warps, words, flag) for flag in ahead]

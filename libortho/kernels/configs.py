@@ -125,14 +125,9 @@ def reasoned(shape: Shape, tokens: int, multiprocessors: int) -> DecodeConfig:
 
     most = (4, 2, 1) if tokens == 1 else (2, 1)
     warps = min(most, key=lambda n: (covered(n), -n))
-    rows = next(
-        (
-            rows
-            for rows in (8, 4, 2)
-            if -(-shape.out_features // rows) * warps >= _WARPS_PER_MULTIPROCESSOR * multiprocessors
-        ),
-        1,
-    )
+    enough = _WARPS_PER_MULTIPROCESSOR * multiprocessors
+    fills = (r for r in (8, 4) if -(-shape.out_features // r) * warps >= enough)
+    rows = next(fills, 2)
     if tokens > 2:
         rows = min(rows, 4)
     return DecodeConfig(rows, warps, words, prefetch=covered(warps) > columns * warps)

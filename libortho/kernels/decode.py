@@ -237,7 +237,8 @@ def kernel_arguments(
         "alpha_ptr": alpha,
         "bias_ptr": y if bias is None else bias,  # not read
         "y_ptr": y,
-        "stride_x": x.stride(0),
+        # With one token nothing is skipped, and a stride of 1, say, would be compiled for.
+        "stride_x": x.stride(0) if tokens > 1 else lattice.in_features,
         "tokens": tokens,
         "unit": UNIT,
         "IN": lattice.in_features,

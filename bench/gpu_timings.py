@@ -1,0 +1,307 @@
+"""How fast the kernels are on a card, and PyTorch's INT4 and dense products beside them.
+
+Times are medians over replays of captured graphs, in microseconds of a launch. Each section fills
+a dictionary of its own and adds lines to the table.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.gpu_run import REPLAYS, Run, capture, median_us, operand_sets, sets_for
+from bench.kernel_cases import Case, Operands, make_operands, random_layer
+from libortho.kernels import autotune, int4pack, op
+from libortho.kernels.compose import compose
+from libortho.kernels.configs import DecodeConfig, reasoned
+from libortho.kernels.decode import decode
+
+SHAPES = {
+    "8B": {
+        "q, o": (4096, 4096),
+        "k, v": (1024, 4096),
+        "gate, up": (14336, 4096),
+        "down": (4096, 14336),
+    },
+    "3B": {
+        "q, o": (3072, 3072),
+        "k, v": (1024, 3072),
+        "gate, up": (8192, 3072),
+        "down": (3072, 8192),
+    },
+}
+"""(out_features, in_features)."""
+DENSITY = 0.005
+"""Share of a row's entries in each of the two streams."""
+PROMPT_TOKENS = 512
+SEVERAL = (8, 4, 2)
+GB = 1e9
+
+
+def single_token(family: str) -> Callable[[Run, dict[str, Any]], None]:
+    """One token: base alone, with both streams at alpha 1 and 0, and the peers."""
+
+    def measure(run: Run, found: dict[str, Any]) -> None:
+        run.lines.append(
+            f"{family}, 1 token, float16 | base us, of copy | with streams us, ratio, of copy | "
+            "alpha 0 us | int4pack us | dense us | rows, warps, words, prefetch; the base's"
+        )
+        for name, shape in SHAPES[family].items():
+            if run.left_s < 10:
+                break
+            found[name] = _single_token(run, Case(*shape), name)
+            torch.cuda.empty_cache()
+
+    return measure
+
+
+def _single_token(run: Run, plain: Case, name: str) -> dict[str, Any]:
+    case = plain.with_streams(DENSITY)
+    candidates = autotune.candidates(case.shape, 1)
+    sets = operand_sets(case)
+    bare_sets = [_bare(operands) for operands in sets]
+    timed = _timed(run, case, sets, candidates)
+    base_timed = _timed(run, plain, bare_sets, candidates)
+    found: dict[str, Any] = {"with_streams": timed, "base_alone": base_timed}
+    if timed[0]["us"] is None or base_timed[0]["us"] is None:
+        return found | {"reason": "no candidate could be timed"}
+    best, base_best = (DecodeConfig(**rows[0]["config"]) for rows in (timed, base_timed))
+    # Replayed in turn, so that the ratio is of one and the same minute.
+    graphs = {
+        "base": capture(_calls(bare_sets, base_best)),
+        "base, same config": capture(_calls(bare_sets, best)),
+        "streams": capture(_calls(sets, best)),
+    }
+    times: dict[str, list[float]] = {key: [] for key in (*graphs, "alpha 0")}
+    for _ in range(2 * REPLAYS):
+        for key, captured in graphs.items():
+            times[key].append(captured.replay_us())
+        for operands in sets:
+            operands.alpha.zero_()
+        times["alpha 0"].append(graphs["streams"].replay_us())
+        for operands in sets:
+            operands.alpha.fill_(1.0)
+    us = {key: statistics.median(values) for key, values in times.items()}
+    del graphs
+    share, streams_share = (
+        _share(run, c.bytes_read, us[key]) for c, key in ((plain, "base"), (case, "streams"))
+    )
+    beside = _peers(case, sets)
+    processors = run.found["environment"]["multiprocessors"]
+    run.lines.append(
+        f"  {name:8s} | {us['base']:6.2f} {share:.0%} | {us['streams']:6.2f} "
+        f"{us['streams'] / us['base']:.3f} {streams_share:.0%} | {us['alpha 0']:6.2f} | "
+        f"{beside['int4pack_us']} | {beside['dense_us']} | {_short(best)}; {_short(base_best)}"
+    )
+    return found | {
+        "shape": [case.out_features, case.in_features],
+        "us": us,
+        "spread_us": {key: [min(values), max(values)] for key, values in times.items()},
+        "ratio_streams_to_base": us["streams"] / us["base"],
+        "base_bytes": plain.bytes_read,
+        "streams_bytes": case.bytes_read - plain.bytes_read,
+        "base_share_of_copy": share,
+        "streams_share_of_copy": streams_share,
+        "operand_sets": len(sets),
+        "reasoned": asdict(reasoned(case.shape, 1, processors)),
+        "peers": beside,
+    }
+
+
+def several_tokens(run: Run, found: dict[str, Any]) -> None:
+    """8, 4 and 2 tokens at the shapes of 8B, with streams, and the peers at as many."""
+    run.lines.append("8B, several tokens, with streams, float16 | us | int4pack us | dense us |")
+    for tokens in SEVERAL:
+        for name, shape in SHAPES["8B"].items():
+            if run.left_s < 10:
+                return
+            case = Case(*shape, tokens).with_streams(DENSITY)
+            sets = operand_sets(case)
+            timed = _timed(run, case, sets, several_candidates(case))
+            beside = _peers(case, sets)
+            found[f"{tokens} tokens, {name}"] = {
+                "shape": [case.out_features, case.in_features],
+                "tokens": tokens,
+                "with_streams": timed,
+                "peers": beside,
+            }
+            run.lines.append(
+                f"  {tokens} {name:8s} | {timed[0]['us']} | {beside['int4pack_us']} | "
+                f"{beside['dense_us']} | {_short(DecodeConfig(**timed[0]['config']))}"
+            )
+            del sets
+            torch.cuda.empty_cache()
+
+
+def several_candidates(case: Case) -> list[DecodeConfig]:
+    """The likelier of the candidates: these kernels take longest to build."""
+    rows = {2: (4, 8), 4: (4, 8), 8: (2, 4)}[case.tokens]
+    return [c for c in autotune.candidates(case.shape, case.tokens) if c.rows in rows]
+
+
+def prompts(run: Run, found: dict[str, Any]) -> None:
+    """Many tokens: composing the weight, the dense product, and both as a layer does them."""
+    run.lines.append(
+        f"8B, {PROMPT_TOKENS} tokens, bfloat16 | compose us, of copy | dense us | product us"
+    )
+    for name, case in prompt_cases().items():
+        problem = run.compiler.problem(case, 60)
+        if problem is not None:
+            found[name] = {"reason": problem}
+            continue
+        sets = [make_operands(case, seed) for seed in range(3)]
+        weights = [compose(*o[1:5], torch.bfloat16) for o in sets]
+        calls: dict[str, list[Callable[[], Any]]] = {
+            "compose_us": [lambda o=o: compose(*o[1:5], torch.bfloat16) for o in sets],
+            "dense_us": [
+                lambda o=o, w=w: F.linear(o.x, w) for o, w in zip(sets, weights, strict=True)
+            ],
+            "product_us": [lambda o=o: _product(o) for o in sets],
+        }
+        us = {key: median_us(these, launches=9) for key, these in calls.items()}
+        moved = 2 * case.out_features * case.in_features + case.bytes_read
+        share = _share(run, moved, us["compose_us"])
+        found[name] = us | {"compose_share_of_copy": share}
+        run.lines.append(
+            f"  {name:8s} | {us['compose_us']:.1f} {share:.0%} | {us['dense_us']:.1f} | "
+            f"{us['product_us']:.1f}"
+        )
+
+
+def prompt_cases() -> dict[str, Case]:
+    return {
+        name: Case(*shape, PROMPT_TOKENS, dtype="bfloat16").with_streams(DENSITY)
+        for name, shape in SHAPES["8B"].items()
+    }
+
+
+def formats(run: Run, found: dict[str, Any]) -> None:
+    """Other formats at about the shape of gate and up, one token, with streams."""
+    run.lines.append("14336 x 4096, other formats, 1 token, with streams | us, of copy")
+    for case in format_cases():
+        if run.left_s < 10:
+            break
+        assert case.config is not None
+        name = f"int{case.bits} g{case.group_size} {case.dtype}, {case.in_features} columns"
+        timed = _timed(run, case, operand_sets(case), [case.config])[0]
+        found[name] = timed
+        if timed["us"] is not None:
+            timed["share_of_copy"] = _share(run, case.bytes_read, timed["us"])
+            run.lines.append(f"  {name:36s} | {timed['us']:6.2f} {timed['share_of_copy']:.0%}")
+
+
+def format_cases() -> list[Case]:
+    """bfloat16, other group sizes, 8 bits and an odd width, with reasoned configs."""
+    base = Case(14336, 4096)
+    cases = [
+        replace(base, dtype="bfloat16"),
+        *(replace(base, group_size=size) for size in (32, 64, -1)),
+        replace(base, bits=8),
+        replace(base, in_features=4095),
+    ]
+    streams = [case.with_streams(DENSITY) for case in cases]
+    return [replace(case, config=reasoned(case.shape, 1, 132)) for case in streams]
+
+
+def eager(run: Run, found: dict[str, Any]) -> None:
+    """Host time of a call outside of a graph: what a launch costs where nothing is captured."""
+    layer = random_layer(Case(1024, 1024).with_streams(DENSITY), 0)
+    x = torch.randn(1, 1024, device="cuda", dtype=torch.float16)
+    dense = torch.randn(1024, 1024, device="cuda", dtype=torch.float16)
+    with torch.inference_mode():
+        for name, call in (("layer", lambda: layer(x)), ("F.linear", lambda: F.linear(x, dense))):
+            for _ in range(20):
+                call()
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            for _ in range(300):
+                call()
+            found[f"{name}, host us"] = 1e6 * (time.perf_counter() - began) / 300
+            torch.cuda.synchronize()
+    run.lines.append("eager calls: " + ", ".join(f"{k} {v:.1f}" for k, v in found.items()))
+
+
+def bandwidth(run: Run, found: dict[str, Any]) -> None:
+    """A device-to-device copy of 1 GiB: bytes read plus bytes written, GB/s (1e9)."""
+    source = torch.randint(0, 127, (1 << 30,), dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    us = median_us([lambda: target.copy_(source)], launches=4)
+    found["copy_gb_per_s"] = 2 * source.numel() / us * 1e6 / GB
+    run.lines.append(f"copy bandwidth: {found['copy_gb_per_s']:.0f} GB/s, read plus written")
+
+
+# --- helpers ------------------------------------------------------------------------------------
+
+
+def _bare(operands: Operands) -> Operands:
+    """The same base without streams."""
+    none = operands.residual[0][:0], operands.residual[1][:0]
+    return operands._replace(residual=none, private=none)
+
+
+def _calls(sets: Sequence[Operands], config: DecodeConfig) -> list[Callable[[], Tensor]]:
+    return [lambda o=o: decode(*o, config) for o in sets]
+
+
+def _timed(
+    run: Run, case: Case, sets: Sequence[Operands], candidates: Sequence[DecodeConfig]
+) -> list[dict[str, Any]]:
+    """Every candidate's time, fastest first; null with the reason where there is none."""
+    rows: list[dict[str, Any]] = []
+    for config in candidates:
+        row: dict[str, Any] = {"config": asdict(config), "us": None}
+        problem = run.compiler.problem(replace(case, config=config), min(90, run.left_s - 5))
+        if problem is None:
+            try:
+                row["us"] = round(median_us(_calls(sets, config), replays=5), 3)
+            except Exception as error:  # too many registers, say
+                problem = f"{type(error).__name__}: {error}"[:300]
+        if problem is not None:
+            row["reason"] = problem
+        rows.append(row)
+    return sorted(rows, key=lambda row: row["us"] or float("inf"))
+
+
+def _share(run: Run, moved_bytes: int, us: float) -> float:
+    """Of the measured copy bandwidth."""
+    return moved_bytes / us * 1e6 / GB / run.found["bandwidth"]["copy_gb_per_s"]
+
+
+def _short(config: DecodeConfig) -> str:
+    return f"{config.rows},{config.warps},{config.words},{'+' if config.prefetch else '-'}"
+
+
+def _product(operands: Operands) -> Tensor:
+    x, lattice, residual, private, alpha, bias = operands
+    weight = (lattice.packed, lattice.scales, lattice.zeros, *residual, *private, alpha)
+    kind = lattice.bits, lattice.group_size, lattice.in_features
+    return op.product(x, *weight, bias, *kind)
+
+
+def _peers(case: Case, sets: Sequence[Operands]) -> dict[str, Any]:
+    """PyTorch's INT4 product on the same bases and the dense product, both in bfloat16."""
+    found: dict[str, Any] = {"int4pack_us": None, "dense_us": None}
+    x = torch.randn(case.tokens, case.in_features, device="cuda").bfloat16()
+    reason = int4pack.why_not(case.shape, x.device, torch.bfloat16)
+    if reason is None:
+        try:
+            for o in sets:
+                int4pack.multiply(x, o.lattice)  # repacks
+            calls = [lambda o=o: int4pack.multiply(x, o.lattice) for o in sets]
+            found["int4pack_us"] = round(median_us(calls), 2)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"[:300]
+    if reason is not None:
+        found["int4pack_reason"] = reason
+    shape = (case.out_features, case.in_features)
+    count = sets_for(2 * case.out_features * case.in_features)
+    weights = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
+    found["dense_us"] = round(median_us([lambda w=w: F.linear(x, w) for w in weights]), 2)
+    return found
