@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -22,15 +22,6 @@ from libortho.separation import separate
 # A shared machine's pauses are no failures.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
-
-# On matrices this small a second thread only waits for the first, for milliseconds a call on a busy
-# machine.
-torch.set_num_threads(1)
-
-# accelerate collects garbage before every batched pass: half a second each, if it has to look
-# through all that torch and transformers made at import.
-gc.collect()
-gc.freeze()
 
 END = "<end>"
 SENTENCES = (
@@ -56,6 +47,18 @@ SENTENCES = (
     "From the tower one sees {n} farms and, beyond them, the sea.",
 )
 THINGS = ("lantern", "copper bell", "wooden horse", "green bottle", "kite", "brass key")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """On matrices this small a second thread only waits for the first, for milliseconds a call.
+
+    A fixture, because this file is also read when the experiments run, which need every core.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
