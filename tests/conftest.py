@@ -23,6 +23,11 @@ from libortho.separation import separate
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 
+# accelerate collects garbage before every batched pass: half a second each, if it has to look
+# through all that torch and transformers made at import.
+gc.collect()
+gc.freeze()
+
 END = "<end>"
 SENTENCES = (
     "The ferry leaves the harbour at {n} past six and returns before noon.",
