@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parent / "results"
 CARD_RUN, KERNELS = "h100-enwiki.json", "h100-kernels.json"
 """A run of both experiments on a card, and `bench/gpu_kernels.py` on the same kind of card."""
 RUNS = ("cpu-enwiki.json", "cpu-wikitext2.json")
-"""Complete runs of `pytest -m gtx4050`, one for each corpus, in the order of the README."""
+"""A whole run of `pytest -m gtx4050`, then ones of experiment 2 on other text."""
 NAMES = {
     "reference": "unquantised",
     "alpha1": "**alpha = 1**",

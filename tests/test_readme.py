@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.readme import RUNS, render
+from bench.readme import CARD_RUN, RUNS, render
 from libortho.results import read_results
 from libortho.settings import SETTINGS
 
@@ -18,13 +18,14 @@ def test_every_quoted_figure_is_in_the_result_files():
     assert block.strip() == render()
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_result_files_are_complete_and_pass(name):
+@pytest.mark.parametrize("name", [*RUNS, CARD_RUN])
+def test_result_files_hold_what_is_quoted_and_pass(name):
     results = read_results(ROOT / "bench" / "results" / name)
-    assert results.exp1_kill_switch is not None
-    assert results.exp1_kill_switch.verdict == "passes"
     assert results.exp2_null_test is not None
     assert results.exp2_null_test.verdict == "passes"
+    if name in (RUNS[0], CARD_RUN):  # the others are about perplexity alone
+        assert results.exp1_kill_switch is not None
+        assert results.exp1_kill_switch.verdict == "passes"
 
 
 def test_every_option_of_the_readme_exists():
