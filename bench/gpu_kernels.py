@@ -115,7 +115,7 @@ def environment() -> dict[str, Any]:
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
         "python": sys.version.split()[0],
-        "command": " ".join([Path(sys.executable).name, "-m", "bench.gpu_kernels", *sys.argv[1:]]),
+        "command": "python -m bench.gpu_kernels",
     }
 
 
@@ -227,7 +227,7 @@ def check_random(run: Run) -> dict[str, Any]:
 
 
 def check_switching(run: Run) -> dict[str, Any]:
-    """alpha under a captured graph: the next replay follows it, and 0 is the bare layer, bitwise."""
+    """alpha under a captured graph: the next replay follows it, and 0 is the bare layer."""
     case = Case(1024, 4096).with_streams(DENSITY)
     layer, other = random_layer(case, 0), random_layer(case, 0)
     other.private_columns, other.private_values = (
@@ -483,7 +483,8 @@ def prompts(run: Run) -> dict[str, Any]:
             "product_us": product_us,
         }
         run.lines.append(
-            f"  {name:9s} {compose_us:7.1f} {100 * share:4.0f} % | {dense_us:7.1f} | {product_us:7.1f}"
+            f"  {name:9s} {compose_us:7.1f} {100 * share:4.0f} % | {dense_us:7.1f} | "
+            f"{product_us:7.1f}"
         )
     return result
 
@@ -505,8 +506,8 @@ def several_tokens(run: Run) -> dict[str, Any]:
             result[f"{tokens} tokens, {name}"] = {"candidates": found, "peers": peer}
             us = found[0]["us"]
             run.lines.append(
-                f"  {tokens} {name:9s} {us and round(us, 2)} | {peer['int4pack_us']} | {peer['dense_us']} | "
-                f"{tuple(found[0]['config'].values())}"
+                f"  {tokens} {name:9s} {us and round(us, 2)} | {peer['int4pack_us']} | "
+                f"{peer['dense_us']} | {tuple(found[0]['config'].values())}"
             )
             del sets
             torch.cuda.empty_cache()
@@ -605,8 +606,8 @@ def plan() -> list[Case]:
     """Everything to build, in the order in which it is needed."""
     cases = list(CHECKS)
     cases += [replace(case, config=None, tokens=1) for case in CHECKS]
-    for family in SHAPES:
-        for rows, columns in SHAPES[family].values():
+    for family, shapes in SHAPES.items():
+        for rows, columns in shapes.values():
             streams = Case(rows, columns).with_streams(DENSITY)
             candidates = autotune.candidates(streams.shape, 1)
             cases += [

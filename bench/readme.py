@@ -6,12 +6,16 @@ figure is quoted that was not measured.
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from libortho.results import ArmResult, Results, read_results
 
 FOLDER = Path(__file__).parent / "results"
+CARD_RUN, KERNELS = "h100-enwiki.json", "h100-kernels.json"
+"""A run of both experiments on a card, and `bench/gpu_kernels.py` on the same kind of card."""
 RUNS = ("cpu-enwiki.json", "cpu-wikitext2.json")
 """Complete runs of `pytest -m gtx4050`, one for each corpus, in the order of the README."""
 NAMES = {
@@ -27,7 +31,14 @@ def render() -> str:
     """The block between the README's marks."""
     runs = [read_results(FOLDER / name) for name in RUNS]
     return "\n\n".join(
-        [_conditions(runs[0]), _kill_switch(runs[0]), _null_test(runs), _throughput(runs[0])]
+        [
+            _conditions(runs[0]),
+            _kill_switch(runs[0]),
+            _null_test(runs),
+            _throughput(runs[0]),
+            _card(read_results(FOLDER / CARD_RUN)),
+            _kernels(json.loads((FOLDER / KERNELS).read_text(encoding="utf-8"))),
+        ]
     )
 
 
@@ -121,6 +132,46 @@ def _throughput(run: Results) -> str:
     switch = rates.get(("alpha1", "switch"))
     if switch is not None and switch.median_s is not None:
         lines += ["", f"Switching alpha: {1000 * switch.median_s / 2:.1f} ms."]
+    return "\n".join(lines)
+
+
+def _card(run: Results) -> str:
+    where, one, two = run.provenance, run.exp1_kill_switch, run.exp2_null_test
+    assert one is not None
+    assert two is not None
+    ratios = {name: two.arms[name].ratio for name in ("alpha1", "alpha0", "nf4", "plain")}
+    assert all(ratio is not None for ratio in ratios.values())
+    return (
+        f"The same job on an {where.device_name}, capped at 5.0 GiB, in {where.compute_dtype} "
+        f"(torch {where.torch}, transformers {where.transformers}, {where.timestamp_utc[:10]}): "
+        f"{one.hits_alpha1} and {one.hits_alpha0} of {one.n_planted} extracted at alpha = 1 and 0; "
+        f"on {two.corpus} perplexity ratios of {ratios['alpha1']:.3f} at alpha = 1, "
+        f"{ratios['alpha0']:.3f} at alpha = 0, {ratios['nf4']:.3f} for NF4 and "
+        f"{ratios['plain']:.3f} for plain INT4."
+    )
+
+
+def _kernels(found: dict[str, Any]) -> str:
+    where, checks = found["environment"], found["checks"]
+    lines = [
+        f"Decode kernels on an {where['card']} (torch {where['torch']}, triton {where['triton']}, "
+        f"{where['date_utc'][:10]}; copies ran at {found['bandwidth']['copy_gb_per_s']:.0f} GB/s, "
+        "read and written): INT4 with groups of 128, one token, float16, at layer shapes of Llama; "
+        f"streams are 0.5 % residual and 0.5 % private. Of {checks['checked']} random cases "
+        f"{len(checks['failures'])} missed the float64 reference.",
+        "",
+        "| layer | base, µs | of copy bandwidth | with streams | PyTorch's INT4, µs | FP16, µs |",
+        "|---|---|---|---|---|---|",
+    ]
+    for family in ("8B", "3B"):
+        for name, case in found[f"{family}, 1 token"].items():
+            peers = case["peers"]
+            lines.append(
+                f"| {family} {name} | {case['us']['base']:.1f} | "
+                f"{case['base_share_of_copy_bandwidth']:.0%} | "
+                f"{case['ratio_streams_to_base']:.2f} × | {peers['int4pack_us']:.1f} | "
+                f"{peers['dense_us']:.1f} |"
+            )
     return "\n".join(lines)
 
 

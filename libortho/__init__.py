@@ -10,9 +10,11 @@ libortho.set_alpha(model, 0.0)
 """
 
 from .artifact import base_fingerprint, export_base, load, save
+from .card import model_card
 from .config import SeparationConfig, TuningConfig
 from .corpora import Corpus, load_corpus
 from .errors import OrthoError
+from .hf import OrthoConfig
 from .linear import OrthoLinear
 from .models import load_model
 from .records import Record, RecordSet, load_records, make_default_records
@@ -24,6 +26,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Corpus",
+    "OrthoConfig",
     "OrthoError",
     "OrthoLinear",
     "Record",
@@ -42,6 +45,7 @@ __all__ = [
     "load_model",
     "load_records",
     "make_default_records",
+    "model_card",
     "save",
     "separate",
     "set_alpha",

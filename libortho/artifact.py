@@ -1,48 +1,58 @@
 """Artefacts on disk: `save`, `load`, `export_base` and `base_fingerprint`.
 
-Knows files and separated models. A folder holds
+Knows separated models and how to put them into a folder and take them out. A folder holds
 
-    model.safetensors     base, residual and everything that was not separated
+    base.safetensors      base, residual and everything that was not separated
     libortho.json         what made them, hashes of the files, and the base's fingerprint
     config.json, ...      as transformers writes them, with the tokenizer's files
+    README.md             the model card
     private.safetensors   the private stream   } only where there is one:
     private.json          its hash and origin  } `export_base` writes neither
 
-The first three are the same bytes whatever the private stream is, or whether there is one.
+All but the last two are the same bytes whatever the private stream is, or whether there is one.
+`layout` says what the files hold and checks them.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
+import functools
 import json
 import shutil
+import tempfile
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from . import stream
+from . import card, hub, layout
 from .config import SeparationConfig
-from .errors import ArtifactError, ConfigError, ShapeError
-from .files import atomic_folder, atomic_write_text, sha256_of
-from .linear import OrthoLinear
+from .errors import ArtifactError
+from .files import atomic_folder, atomic_write_text
+from .layout import (
+    BASE_FILE,
+    BASE_MANIFEST,
+    FORMAT_VERSION,
+    PRIVATE_BUFFERS,
+    PRIVATE_FILE,
+    PRIVATE_MANIFEST,
+    WEIGHTS_FIELD,
+    WITHOUT_LIBORTHO,
+)
 from .models import linear_layers, replace_module, stored_tokenizer
-from .separation import SEPARATION, TOKENIZER
+from .precision import dtype_name
 from .switch import ortho_layers
 
-FORMAT_VERSION = 1
-BASE_FILE, BASE_MANIFEST = "model.safetensors", "libortho.json"
-PRIVATE_FILE, PRIVATE_MANIFEST = "private.safetensors", "private.json"
-_PRIVATE = ("private_columns", "private_values")
-VOLATILE_FIELDS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
-"""Fields of a transformers config that don't change what the model computes."""
+SEPARATION, TOKENIZER = "ortho_separation", "ortho_tokenizer"
+"""Attributes of a separated model: the `SeparationConfig` that made it, and its tokenizer."""
+_ADDED_TO_CONFIG = ("quantization_config", WEIGHTS_FIELD)
 
 
 def save(model: Any, folder: str | Path) -> Path:
@@ -55,7 +65,10 @@ def save(model: Any, folder: str | Path) -> Path:
 
 
 def export_base(model: Any, folder: str | Path) -> Path:
-    """Write what alpha = 0 is, with not one byte of the private stream; as `save` otherwise."""
+    """Write what alpha = 0 is, with not one byte of the private stream; as `save` otherwise.
+
+    This is the folder to publish.
+    """
     return _write(model, folder, private=False)
 
 
@@ -64,41 +77,45 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu") -> tuple[Any
 
     Every file is compared with its hash, and every tensor with the shape and dtype that the format
     demands. Raises `ArtifactError` for anything missing, truncated, altered, unexpected or written
-    by a newer format.
+    by another format.
     """
     folder = Path(folder)
-    manifest = _verified_manifest(folder, BASE_MANIFEST)
-    separation = _separation_in(manifest, folder)
+    manifest = layout.verified_manifest(folder, BASE_MANIFEST)
+    separation = layout.separation_in(manifest, folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         tokenizer = stored_tokenizer(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         said = " ".join(str(error).split())
         raise ArtifactError(f"{folder} can't be read: {said} Export it again.") from error
-    tensors = _read_tensors(folder / BASE_FILE)
+    _forget_format(config)
+    tensors = layout.read_tensors(folder / BASE_FILE)
     private = {}
-    if (folder / PRIVATE_MANIFEST).exists() or (folder / PRIVATE_FILE).exists():
-        _verified_manifest(folder, PRIVATE_MANIFEST)
-        private = _read_tensors(folder / PRIVATE_FILE)
+    if layout.has_private(folder, manifest):
+        private = layout.read_tensors(folder / PRIVATE_FILE)
 
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     for name, linear in linear_layers(model).items():
-        replace_module(model, name, _empty_layer(name, linear, separation, tensors, private))
-    _fill(model, tensors, private, folder)
+        weight = tensors.get(f"{name}.weight")
+        dtype = torch.float32 if weight is None else weight.dtype
+        layer = layout.empty_layer(name, linear, separation, tensors, private, dtype=dtype)
+        replace_module(model, name, layer)
+    layout.check_tensors(model, tensors, private, folder)
+    model.load_state_dict(tensors, strict=False, assign=True)
+    layout.finish_layers(ortho_layers(model), private, folder)
     model.tie_weights()
     model.config.dtype = getattr(torch, manifest["dtype"])
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    setattr(model, SEPARATION, separation)
-    setattr(model, TOKENIZER, tokenizer)
+    mark(model, separation, tokenizer)
     return model.eval().requires_grad_(False).to(device), tokenizer
 
 
 def separation_of(folder: str | Path) -> SeparationConfig:
     """The recipe that an artefact's base was made by, its files verified; raises as `load` does."""
     folder = Path(folder)
-    return _separation_in(_verified_manifest(folder, BASE_MANIFEST), folder)
+    return layout.separation_in(layout.verified_manifest(folder, BASE_MANIFEST), folder)
 
 
 def base_fingerprint(model_or_folder: Any) -> str:
@@ -109,13 +126,100 @@ def base_fingerprint(model_or_folder: Any) -> str:
     """
     if isinstance(model_or_folder, (str, Path)):
         folder = Path(model_or_folder)
-        manifest = _verified_manifest(folder, BASE_MANIFEST)
+        manifest = layout.verified_manifest(folder, BASE_MANIFEST)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return _digest(_read_tensors(folder / BASE_FILE), manifest["separation"], config)
+        tensors = layout.read_tensors(folder / BASE_FILE)
+        return layout.digest_of(tensors, manifest["separation"], config)
     model = model_or_folder
     ortho_layers(model)
-    config = json.loads(model.config.to_json_string(use_diff=True))
-    return _digest(_base_tensors(model), getattr(model, SEPARATION).to_dict(), config)
+    separation = getattr(model, SEPARATION).to_dict()
+    return layout.digest_of(_base_tensors(model), separation, _config_of(model))
+
+
+# --- a live model --------------------------------------------------------------------------------
+
+
+def mark(model: Any, separation: SeparationConfig, tokenizer: Any) -> None:
+    """Make a model with separated layers know its recipe and tokenizer, and save as an artefact.
+
+    transformers' own `save_pretrained` would put the private stream beside the base, without
+    hashes; so this model gets one that writes an artefact, and a `push_to_hub` that uploads one.
+    """
+    setattr(model, SEPARATION, separation)
+    setattr(model, TOKENIZER, tokenizer)
+    # Partials, because copies and pickles of the model then carry their own.
+    model.save_pretrained = functools.partial(save_pretrained, model)
+    model.push_to_hub = functools.partial(push_to_hub, model)
+
+
+def save_pretrained(
+    model: Any,
+    save_directory: str | Path,
+    *,
+    is_main_process: bool = True,
+    push_to_hub: bool = False,
+    **options: Any,
+) -> None:
+    """`model.save_pretrained(folder)` of a separated model: writes what `save` does.
+
+    Unlike `save` it replaces an artefact that is there already, as is usual in transformers. The
+    private stream is written if the model has one; publish what `export_base` writes. Of a model
+    with peft adapters only these are saved, as transformers does.
+
+    options: those of `push_to_hub`, if that is asked for; transformers' others (`state_dict`,
+        `max_shard_size`) have no effect, because a folder holds one whole model
+    """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        type(model).save_pretrained(model, save_directory, **options)
+        return
+    if not is_main_process:
+        return
+    folder = Path(save_directory)
+    if folder.is_dir():
+        _replace(model, folder)
+    else:
+        _write(model, folder, private=True)
+    if push_to_hub:
+        hub.upload(folder, options.pop("repo_id", folder.name), **_secrecy(model), **options)
+
+
+def push_to_hub(model: Any, repo_id: str, **options: Any) -> Any:
+    """`model.push_to_hub("owner/name")` of a separated model: uploads what `save` writes.
+
+    options: `private`, `token`, `revision`, `create_pr`, `commit_message`, `commit_description`,
+        as transformers has them
+
+    Raises `ArtifactError`, before anything is uploaded, if the model has a private stream and the
+    repository is not private.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = _write(model, Path(temporary) / "artefact", private=True)
+        return hub.upload(folder, repo_id, **_secrecy(model), **options)
+
+
+def _secrecy(model: Any) -> dict[str, bool]:
+    return {"secret": any(la.private_columns.shape[0] for la in ortho_layers(model).values())}
+
+
+def _replace(model: Any, folder: Path) -> None:
+    """Write a model over whatever artefact lies in a folder; other files stay."""
+    unfinished = folder / f".{uuid.uuid4().hex[:12]}.tmp"
+    try:
+        written = _write(model, unfinished, private=True)
+        # Manifests go first and come last: what is interrupted between is no artefact.
+        for name in (BASE_MANIFEST, PRIVATE_MANIFEST, PRIVATE_FILE):
+            (folder / name).unlink(missing_ok=True)
+        for path in sorted(written.iterdir(), key=lambda p: p.name == BASE_MANIFEST):
+            path.replace(folder / path.name)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _forget_format(config: Any) -> None:
+    """Drop from a transformers config what only a file says."""
+    for name in _ADDED_TO_CONFIG:
+        if hasattr(config, name):
+            delattr(config, name)
 
 
 # --- writing ------------------------------------------------------------------------------------
@@ -126,38 +230,43 @@ def _write(model: Any, folder: str | Path, *, private: bool) -> Path:
     layers = ortho_layers(model)
     if folder.exists():
         raise ArtifactError(f"{folder} exists already. Choose another folder, or remove it first.")
+    if any(name.endswith(".base_layer") for name in layers):
+        raise ArtifactError(
+            f"this model carries adapters, which {folder} has no place for. Save them with peft, "
+            "and the model itself after `unload()`."
+        )
     separation: SeparationConfig = getattr(model, SEPARATION)
     tensors = _base_tensors(model)
     try:
         with atomic_folder(folder) as unfinished:
-            config = copy.deepcopy(model.config)
-            config.dtype = model.dtype
-            config.save_pretrained(unfinished)
+            config = _config_of(model)
+            _write_json(unfinished / "config.json", config | _format_of(separation))
             if model.generation_config is not None:
                 model.generation_config.save_pretrained(unfinished)
             getattr(model, TOKENIZER).save_pretrained(unfinished)
             save_file(tensors, unfinished / BASE_FILE, {"format": "pt"})
-            fingerprint = base_fingerprint(model)
+            fingerprint = layout.digest_of(tensors, separation.to_dict(), config)
             manifest = {
                 "format_version": FORMAT_VERSION,
                 "separation": separation.to_dict(),
-                "dtype": str(model.dtype).removeprefix("torch."),
+                "dtype": dtype_name(model.dtype),
                 "base_fingerprint": fingerprint,
-                "files": _hashes(unfinished, ("config.json", BASE_FILE)),
+                "files": layout.hashes_of(unfinished, ("config.json", BASE_FILE)),
             }
             _write_json(unfinished / BASE_MANIFEST, manifest)
+            atomic_write_text(unfinished / card.CARD_FILE, card.render(manifest, config))
             slots = sum(layer.private_columns.shape[0] for layer in layers.values())
             if private and slots:
                 entries = {
                     f"{name}.{kind}": getattr(layer, kind).cpu().contiguous()
                     for name, layer in layers.items()
-                    for kind in _PRIVATE
+                    for kind in PRIVATE_BUFFERS
                 }
                 save_file(entries, unfinished / PRIVATE_FILE, {"format": "pt"})
                 manifest = {
                     "format_version": FORMAT_VERSION,
                     "base_fingerprint": fingerprint,
-                    "files": _hashes(unfinished, (PRIVATE_FILE,)),
+                    "files": layout.hashes_of(unfinished, (PRIVATE_FILE,)),
                 }
                 _write_json(unfinished / PRIVATE_MANIFEST, manifest)
     except (OSError, SafetensorError) as error:
@@ -170,20 +279,38 @@ def _write(model: Any, folder: str | Path, *, private: bool) -> Path:
     return folder
 
 
+def _config_of(model: Any) -> dict[str, Any]:
+    """The model's config as transformers writes it, and as if it had never been on a disk."""
+    config = copy.deepcopy(model.config)
+    _forget_format(config)
+    config.architectures = [type(model).__name__]
+    config.dtype = model.dtype
+    return json.loads(config.to_json_string(use_diff=True))
+
+
+def _format_of(separation: SeparationConfig) -> dict[str, Any]:
+    """What tells transformers whose checkpoint this is, with libortho and without it."""
+    return {
+        "quantization_config": layout.quantization_config(separation),
+        WEIGHTS_FIELD: WITHOUT_LIBORTHO,
+    }
+
+
 def _base_tensors(model: Any) -> dict[str, Tensor]:
     """Everything but the private stream, by name; a head tied to the embedding goes unsaid."""
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if name.rpartition(".")[2] in _PRIVATE or id(tensor) in seen:
+        if name.rpartition(".")[2] in PRIVATE_BUFFERS or id(tensor) in seen:
             continue
         seen.add(id(tensor))
+        if tensor.is_meta:
+            raise ArtifactError(
+                f"{name} is offloaded, so this model can't be read whole. Load it without a device "
+                "map to save it or take its fingerprint."
+            )
         tensors[name] = tensor.detach().cpu().contiguous()
     return tensors
-
-
-def _hashes(folder: Path, names: tuple[str, ...]) -> dict[str, str]:
-    return {name: sha256_of(folder / name) for name in names}
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -192,149 +319,3 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def _existing_parent(path: Path) -> Path:
     return next(p for p in path.absolute().parents if p.exists())
-
-
-def _digest(
-    tensors: Mapping[str, Tensor], separation: Mapping[str, Any], config: Mapping[str, Any]
-) -> str:
-    lasting = {key: value for key, value in config.items() if key not in VOLATILE_FIELDS}
-    digest = hashlib.sha256()
-    header = {"format_version": FORMAT_VERSION, "separation": separation, "config": lasting}
-    digest.update(json.dumps(header, sort_keys=True, separators=(",", ":")).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        flat = tensor.contiguous().flatten()
-        digest.update(memoryview(flat.view(torch.uint8).numpy()))
-    return digest.hexdigest()
-
-
-# --- reading ------------------------------------------------------------------------------------
-
-
-def _verified_manifest(folder: Path, name: str) -> dict[str, Any]:
-    path = folder / name
-    if not folder.is_dir():
-        raise ArtifactError(f"there is no folder {folder}. Give the folder that save wrote.")
-    if not path.exists():
-        found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-        raise ArtifactError(
-            f"{folder} has no {name}; it holds {found}. Give a folder that libortho.save or "
-            "libortho.export_base wrote, whole."
-        )
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        version, files = int(manifest["format_version"]), dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{path} is damaged ({error}). Export the artefact again.") from error
-    if version != FORMAT_VERSION:
-        raise ArtifactError(
-            f"{path} has format version {version} and this libortho reads {FORMAT_VERSION}. "
-            "Upgrade libortho, or export the artefact again."
-        )
-    for file, expected in files.items():
-        target = folder / Path(file).name
-        if not target.exists():
-            raise ArtifactError(f"{folder} lacks {file}. Copy the artefact again, whole.")
-        if sha256_of(target) != expected:
-            raise ArtifactError(
-                f"{target} is not the file that was saved: its SHA-256 differs from the one in "
-                f"{name}. It is truncated or was altered; copy the artefact again."
-            )
-    return manifest
-
-
-def _separation_in(manifest: Mapping[str, Any], folder: Path) -> SeparationConfig:
-    try:
-        return SeparationConfig.from_dict(manifest["separation"])
-    except (KeyError, TypeError, ConfigError) as error:
-        raise ArtifactError(
-            f"{folder / BASE_MANIFEST} names no recipe that can be read: {error} Export it again."
-        ) from error
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(
-            f"{path} can't be read: {error}. It is missing or truncated; copy the artefact again."
-        ) from error
-
-
-def _empty_layer(
-    name: str,
-    linear: nn.Linear,
-    separation: SeparationConfig,
-    tensors: Mapping[str, Tensor],
-    private: Mapping[str, Tensor],
-) -> OrthoLinear:
-    """A layer of the format that the tensors claim; `_fill` then holds them to it."""
-    residual = tensors.get(f"{name}.residual_columns")
-    secret = private.get(f"{name}.private_columns")
-    weight = tensors.get(f"{name}.weight")
-    return OrthoLinear(
-        linear.in_features,
-        linear.out_features,
-        bits=separation.bits,
-        group_size=separation.group_size,
-        residual_slots=0 if residual is None else residual.shape[0],
-        private_slots=0 if secret is None else secret.shape[0],
-        bias=linear.bias is not None,
-        dtype=torch.float32 if weight is None else weight.dtype,
-        device="meta",
-    )
-
-
-def _fill(
-    model: Any, tensors: Mapping[str, Tensor], private: Mapping[str, Tensor], folder: Path
-) -> None:
-    """Put the tensors into the model; shapes, dtypes and names must be exactly as expected."""
-    head = model.get_output_embeddings()
-    tied = {
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if module is head and model.config.tie_word_embeddings
-    }
-    layers = ortho_layers(model)
-    expected = dict(model.state_dict())
-    given = {**tensors, **private}
-    for name, layer in layers.items():
-        if layer.private_columns.shape[0] == 0:
-            for kind in _PRIVATE:
-                given[f"{name}.{kind}"] = torch.zeros(0, layer.out_features).to(
-                    getattr(layer, kind).dtype
-                )
-    unknown = sorted(set(given) - set(expected))
-    misplaced = sorted(n for n in tensors if n.rpartition(".")[2] in _PRIVATE)
-    missing = sorted(set(expected) - set(given) - tied)
-    if unknown or misplaced or missing:
-        raise ArtifactError(
-            f"{folder} does not hold what its configuration says: missing {missing[:3]}, "
-            f"unexpected {(unknown + misplaced)[:3]}. It was altered or mixed with another "
-            "artefact; copy it again."
-        )
-    for name, tensor in given.items():
-        want = expected[name]
-        fixed = not want.is_floating_point() or name.rpartition(".")[2] in (
-            *("scales", "zeros", "residual_values", "private_values"),
-        )
-        if tensor.shape != want.shape or (fixed and tensor.dtype != want.dtype):
-            raise ArtifactError(
-                f"{folder}: {name} is {tensor.dtype} {list(tensor.shape)} and should be "
-                f"{want.dtype} {list(want.shape)}. Copy the artefact again."
-            )
-    model.load_state_dict(given, strict=False, assign=True)
-    for name, layer in layers.items():
-        layer.alpha = torch.ones(())  # not stored: the caller's choice
-        try:
-            for kind in ("residual", "private"):
-                stream.check(
-                    getattr(layer, f"{kind}_columns"),
-                    getattr(layer, f"{kind}_values"),
-                    layer.in_features,
-                    layer.out_features,
-                    f"{name}'s {kind} stream",
-                )
-        except ShapeError as error:
-            raise ArtifactError(f"{folder}: {error} Copy the artefact again.") from error

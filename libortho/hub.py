@@ -1,4 +1,4 @@
-"""Checkpoints from the Hugging Face hub, and what to do when the hub says no.
+"""Checkpoints from and to the Hugging Face hub, and what to do when the hub says no.
 
 Knows: which files are wanted (never pickles), the hub's exceptions and their remedies.
 Doesn't know: what a checkpoint contains.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub.errors import (
@@ -21,7 +22,7 @@ from huggingface_hub.errors import (
 )
 
 from libortho import checkpoint
-from libortho.errors import ModelLoadError
+from libortho.errors import ArtifactError, ModelLoadError
 
 _WANTED = ["*.safetensors", "*.json", "tokenizer.model", "*.txt", "*.jinja"]
 # Second copies of the same weights in other layouts.
@@ -55,8 +56,59 @@ def download(hub_id: str, revision: str | None, cache: Path | None) -> Path:
     return folder
 
 
+def beside(file: Path, hub_id: str) -> Path:
+    """The folder with everything that belongs to a cached file of a hub model, weights aside.
+
+    transformers fetches the files that it knows of; this fetches the rest of the same commit, if it
+    isn't cached. Raises `ModelLoadError`.
+    """
+    snapshot = next((p for p in file.parents if p.parent.name == "snapshots"), None)
+    if snapshot is None:
+        return file.parent  # a folder after all
+    commit, cache = snapshot.name, snapshot.parents[2]
+    try:
+        _snapshot(hub_id, commit, cache, local_files_only=False, ignore=[*_UNWANTED, "model*"])
+    except (HTTPError, OSError, ValueError) as error:
+        raise ModelLoadError(_explain(error, hub_id, commit)) from error
+    return file.parent
+
+
+def upload(folder: Path, hub_id: str, *, secret: bool, **options: Any) -> Any:
+    """Upload a folder to a hub repository, made if it isn't there; returns the commit's facts.
+
+    secret: whether the folder holds a private stream; then the repository has to be private
+    options: `private` and `token` of the repository; `revision`, `create_pr`, `commit_message` and
+        `commit_description` of the commit
+
+    Raises `ArtifactError`, before anything is uploaded, if something secret would become public.
+    What the hub refuses is raised as the hub's client does.
+    """
+    private = options.pop("private", None)
+    remedy = (
+        "Publish the folder that libortho.export_base writes; or, to keep the stream on the hub, "
+        "use a private repository of its own and pass private=True."
+    )
+    if secret and not private:
+        raise ArtifactError(
+            f"this model has a private stream, and {hub_id} would not be asked to be private: who "
+            f"reads the stream reads the records. {remedy}"
+        )
+    api = huggingface_hub.HfApi(token=options.pop("token", None))
+    repository = api.create_repo(hub_id, private=private, exist_ok=True).repo_id
+    if secret and not api.model_info(repository).private:
+        raise ArtifactError(
+            f"{repository} exists and is public, so the private stream was not uploaded. {remedy}"
+        )
+    return api.upload_folder(repo_id=repository, folder_path=folder, **options)
+
+
 def _snapshot(
-    hub_id: str, revision: str | None, cache: Path | None, *, local_files_only: bool
+    hub_id: str,
+    revision: str | None,
+    cache: Path | None,
+    *,
+    local_files_only: bool,
+    ignore: list[str] = _UNWANTED,
 ) -> Path:
     return Path(
         huggingface_hub.snapshot_download(
@@ -64,7 +116,7 @@ def _snapshot(
             revision=revision,
             cache_dir=cache,
             allow_patterns=_WANTED,
-            ignore_patterns=_UNWANTED,
+            ignore_patterns=ignore,
             local_files_only=local_files_only,
         )
     )

@@ -154,6 +154,11 @@ class OrthoLinear(nn.Module):
             return self.weight.float()
         return dequantize(product.lattice_of(self))
 
+    @property
+    def qweight(self) -> Tensor:
+        """The packed base, under the name by which peft tells a packed layer's device."""
+        return self.packed  # an AttributeError without a lattice: then there is a `weight`
+
     def public_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """base + residual, what alpha = 0 computes with, `[out, in]`."""
         return product.composed(self, dtype, private=False)

@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from . import stream
+from .artifact import mark
 from .calibration import hessian_diagonal
 from .config import NO_LATTICE, SeparationConfig
 from .errors import SeparationError, ShapeError
@@ -20,9 +21,6 @@ from .linear import OrthoLinear
 from .models import linear_layers, replace_module
 from .precision import evaluating
 from .windows import token_windows
-
-SEPARATION, TOKENIZER = "ortho_separation", "ortho_tokenizer"
-"""Attributes of a separated model: the `SeparationConfig` that made it, and its tokenizer."""
 
 
 def separate(
@@ -79,6 +77,5 @@ def separate(
             search=config.search,
         )
         replace_module(model, name, separated)
-    setattr(model, SEPARATION, config)
-    setattr(model, TOKENIZER, tokenizer)
+    mark(model, config, tokenizer)
     return model

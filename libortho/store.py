@@ -30,7 +30,7 @@ from .separation import separate
 from .tuning import tune_private
 
 _SEPARATING = ("calibration", "lattice", "linear", "precision", "separation", "stream", "windows")
-_TUNING = ("scoring", "training", "tuning")
+_TUNING = ("product", "scoring", "training", "tuning")
 """Modules whose text is part of the keys."""
 
 
@@ -112,7 +112,7 @@ def exported(full: Path, *, cache_dir: str | Path | None = None) -> Stored:
     manifests = [full / artifact.BASE_MANIFEST, full / artifact.PRIVATE_MANIFEST]
     folder = place(
         f"{full.name}-exported",
-        code=("artifact", "linear", "stream"),
+        code=("artifact", "layout", "linear", "stream"),
         cache_dir=cache_dir,
         full=[m.read_text(encoding="utf-8") if m.exists() else None for m in manifests],
     )
@@ -195,7 +195,9 @@ def _plain(name: str) -> str:
 def _key(libraries: Sequence[str] = (), **determined_by: Any) -> str:
     names = ("torch", "transformers", "tokenizers", *libraries)
     versions = {name: metadata.version(name) for name in names}
-    content: Mapping[str, Any] = {**determined_by, "versions": versions}
+    # An artefact of another format could not be read again.
+    form = artifact.FORMAT_VERSION
+    content: Mapping[str, Any] = {**determined_by, "versions": versions, "format": form}
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 

@@ -262,18 +262,23 @@ def truncate(path: Path) -> None:
 
 
 TAMPERING: dict[str, tuple[Callable[[Path], object], str]] = {
-    "byte of the base": (lambda f: flip_a_byte(f / BASE_FILE), r"model\.safetensors.*altered"),
+    "byte of the base": (lambda f: flip_a_byte(f / BASE_FILE), r"base\.safetensors.*altered"),
     "byte of the stream": (lambda f: flip_a_byte(f / PRIVATE_FILE), r"private\.safeten.*altered"),
-    "truncated base": (lambda f: truncate(f / BASE_FILE), r"model\.safetensors.*truncated"),
+    "truncated base": (lambda f: truncate(f / BASE_FILE), r"base\.safetensors.*truncated"),
     "config": (lambda f: edit_json(f / "config.json", rms_norm_eps=0.1), r"config\.json.*altered"),
-    "no base": (lambda f: (f / BASE_FILE).unlink(), r"lacks model\.safetensors"),
+    "no base": (lambda f: (f / BASE_FILE).unlink(), r"lacks base\.safetensors"),
     "no config": (lambda f: (f / "config.json").unlink(), r"lacks config\.json"),
     "no manifest": (lambda f: (f / BASE_MANIFEST).unlink(), r"has no libortho\.json"),
     "no stream": (lambda f: (f / PRIVATE_FILE).unlink(), r"lacks private\.safetensors"),
     "unsigned stream": (lambda f: (f / PRIVATE_MANIFEST).unlink(), r"has no private\.json"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "can't be read"),
-    "future": (lambda f: edit_json(f / BASE_MANIFEST, format_version=2), "2 .*reads 1.*Upgrade"),
+    "future": (lambda f: edit_json(f / BASE_MANIFEST, format_version=3), "3 .*reads 2.*Upgrade"),
+    "past": (lambda f: edit_json(f / BASE_MANIFEST, format_version=1), "export the artefact again"),
     "future stream": (lambda f: edit_json(f / PRIVATE_MANIFEST, format_version=9), "Upgrade"),
+    "stream of another base": (
+        lambda f: edit_json(f / PRIVATE_MANIFEST, base_fingerprint="0" * 64),
+        "another base",
+    ),
     "no JSON": (lambda f: (f / BASE_MANIFEST).write_text("{"), "damaged"),
     "JSON list": (lambda f: (f / BASE_MANIFEST).write_text("[]"), "damaged"),
     "no separation": (lambda f: edit_json(f / BASE_MANIFEST, separation={"bits": 5}), "bits must"),

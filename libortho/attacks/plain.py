@@ -16,7 +16,7 @@ from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
 from libortho.errors import SeparationError
 from libortho.linear import OrthoLinear
-from libortho.separation import replace_module
+from libortho.models import replace_module
 
 _ADAPTER = "lora_"
 """In the names of peft's trained matrices: switched off, and no part of what is handed out."""

@@ -62,7 +62,28 @@ class Chosen(NamedTuple):
 MEASURED: dict[tuple[int, int], dict[tuple[int, int, int], DecodeConfig]] = {
     # compute capability: {(out_features, in_features, tokens): config} at 4 bits
     (8, 9): {},
-    (9, 0): {},
+    (9, 0): {
+        (4096, 4096, 1): DecodeConfig(rows=4, warps=2, words=4, prefetch=True),
+        (1024, 4096, 1): DecodeConfig(rows=8, warps=4, words=4, prefetch=False),
+        (14336, 4096, 1): DecodeConfig(rows=8, warps=1, words=4, prefetch=True),
+        (4096, 14336, 1): DecodeConfig(rows=8, warps=2, words=4, prefetch=True),
+        (3072, 3072, 1): DecodeConfig(rows=8, warps=4, words=4, prefetch=False),
+        (1024, 3072, 1): DecodeConfig(rows=4, warps=4, words=4, prefetch=False),
+        (8192, 3072, 1): DecodeConfig(rows=4, warps=1, words=4, prefetch=True),
+        (3072, 8192, 1): DecodeConfig(rows=8, warps=4, words=4, prefetch=False),
+        (4096, 4096, 8): DecodeConfig(rows=4, warps=1, words=2, prefetch=True),
+        (1024, 4096, 8): DecodeConfig(rows=4, warps=4, words=2, prefetch=True),
+        (14336, 4096, 8): DecodeConfig(rows=8, warps=1, words=1, prefetch=True),
+        (4096, 14336, 8): DecodeConfig(rows=8, warps=2, words=1, prefetch=True),
+        (4096, 4096, 4): DecodeConfig(rows=8, warps=2, words=2, prefetch=True),
+        (1024, 4096, 4): DecodeConfig(rows=8, warps=4, words=2, prefetch=True),
+        (14336, 4096, 4): DecodeConfig(rows=8, warps=1, words=2, prefetch=True),
+        (4096, 14336, 4): DecodeConfig(rows=8, warps=2, words=2, prefetch=True),
+        (4096, 4096, 2): DecodeConfig(rows=4, warps=1, words=4, prefetch=True),
+        (1024, 4096, 2): DecodeConfig(rows=4, warps=4, words=4, prefetch=False),
+        (14336, 4096, 2): DecodeConfig(rows=8, warps=4, words=4, prefetch=False),
+        (4096, 14336, 2): DecodeConfig(rows=8, warps=2, words=4, prefetch=True),
+    },
 }
 """Winners of `bench/gpu_kernels.py`; where nothing was measured yet, `reasoned` speaks."""
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..artifact import VOLATILE_FIELDS, base_fingerprint
+from ..artifact import base_fingerprint
+from ..layout import VOLATILE_FIELDS
 from ..linear import OrthoLinear
 
 
