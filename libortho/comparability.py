@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .figures import figures
+from .figures.audits import audit_names
 from .results import KillSwitchResult, NullTestResult, Results
 
 REFERENCE_TOLERANCE = 0.01
@@ -30,6 +31,7 @@ def obstacles(before: Results, after: Results) -> Iterator[str]:
     sections = (
         ("experiment 1", before.exp1_kill_switch, after.exp1_kill_switch),
         ("experiment 2", before.exp2_null_test, after.exp2_null_test),
+        ("an audit", before.audits or None, after.audits or None),
         ("throughput", before.throughput or None, after.throughput or None),
     )
     for name, first, second in sections:
@@ -40,6 +42,7 @@ def obstacles(before: Results, after: Results) -> Iterator[str]:
     if before.exp2_null_test is not None and after.exp2_null_test is not None:
         same_dtype = before.provenance.compute_dtype == after.provenance.compute_dtype
         yield from _null_test_obstacles(before.exp2_null_test, after.exp2_null_test, same_dtype)
+    yield from _audit_obstacles(before, after)
     yield from _workload_obstacles(before, after)
 
 
@@ -72,6 +75,19 @@ def _null_test_obstacles(
         yield (
             f"the unquantised model has perplexity {one:.4f} in one run and {other:.4f} in the "
             "other on the same text, so these are different checkpoints of that name"
+        )
+
+
+def _audit_obstacles(before: Results, after: Results) -> Iterator[str]:
+    old, new = (dict(zip(audit_names(r.audits), r.audits, strict=True)) for r in (before, after))
+    for name in (name for name in old if name in new):
+        families = [
+            ", ".join(sorted({row.family for row in audit.metrics}))
+            for audit in (old[name], new[name])
+        ]
+        yield from _differing(
+            (f"the model of the audit of {name}", old[name].model, new[name].model),
+            (f"the families of the audit of {name}", families[0], families[1]),
         )
 
 

@@ -24,6 +24,7 @@ from scipy import stats
 
 from .comparability import differences, obstacles
 from .figures import Figure, figures
+from .figures.audits import audit_names
 from .results import KillSwitchResult, Results
 from .statistics import mcnemar_exact
 
@@ -36,6 +37,10 @@ change, one may be named by chance."""
 DEFAULT_FACTOR = 2.0
 """Figures without an interval count as changed from this factor on, up or down. That of
 github-action-benchmark's default alert threshold, 200 %."""
+
+
+_PASSING = ("passes", "private")
+"""How the verdicts begin that make a gate green."""
 
 
 @dataclass(frozen=True)
@@ -124,18 +129,25 @@ def compare(
 
 
 def _verdicts(before: Results, after: Results) -> Iterator[VerdictChange]:
-    for gate, one, two in (
-        ("privacy", before.exp1_kill_switch, after.exp1_kill_switch),
-        ("perplexity", before.exp2_null_test, after.exp2_null_test),
-    ):
-        if one is None or two is None:
-            continue
+    old, new = _gates(before), _gates(after)
+    for gate in (name for name in old if name in new):
+        one, two = old[gate], new[gate]
         outcome: Outcome = "same"
-        if one.verdict != two.verdict:
-            outcome = "changed"
-            if "passes" in (one.verdict, two.verdict):
-                outcome = "better" if two.verdict == "passes" else "worse"
-        yield VerdictChange(gate, one.verdict, two.verdict, outcome)
+        if one != two:
+            passed, passes = (any(map(v.startswith, _PASSING)) for v in (one, two))
+            outcome = "changed" if passed == passes else "better" if passes else "worse"
+        yield VerdictChange(gate, one, two, outcome)
+
+
+def _gates(results: Results) -> dict[str, str]:
+    verdicts = {}
+    if results.exp1_kill_switch is not None:
+        verdicts["privacy"] = str(results.exp1_kill_switch.verdict)
+    if results.exp2_null_test is not None:
+        verdicts["perplexity"] = str(results.exp2_null_test.verdict)
+    for name, audit in zip(audit_names(results.audits), results.audits, strict=True):
+        verdicts[f"audit of {name}"] = str(audit.verdict)
+    return verdicts
 
 
 def _absent(figure: Figure) -> Figure:

@@ -178,6 +178,15 @@ def resolve_device(asked: str) -> str:
     return asked
 
 
+def device_name(device: str) -> str:
+    """What a device is called in results: `cpu`, or the card's name."""
+    if device == "cpu":
+        return "cpu"
+    found = cards()
+    index = int(device.partition(":")[2] or 0)
+    return found[index].name if index < len(found) else device
+
+
 def default_compute_dtype(device: str | torch.device) -> tuple[torch.dtype, str]:
     """The floating-point type to compute in on a device, and the reason in words.
 

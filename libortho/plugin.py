@@ -290,14 +290,6 @@ def compute_dtype(ortho_device: str, run_results: RunResults) -> Any:
     """Type of activations and composed weights, chosen for the device; the reason is noted."""
     dtype, reason = hardware.default_compute_dtype(ortho_device)
     run_results.compute_dtype = dtype_name(dtype)
-    run_results.device_name = _device_name(ortho_device)
+    run_results.device_name = hardware.device_name(ortho_device)
     run_results.notes.append(f"computing in {dtype_name(dtype)}: {reason}")
     return dtype
-
-
-def _device_name(device: str) -> str:
-    if device == "cpu":
-        return "cpu"
-    cards = hardware.cards()
-    index = int(device.partition(":")[2] or 0)
-    return cards[index].name if index < len(cards) else device

@@ -8,6 +8,12 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any
 
+from libortho.attacks.attack import Cost
+from libortho.attacks.comparison import AttackResult, Rate, VariantResult
+from libortho.attacks.dose import DosePoint
+from libortho.audit_metrics import AuditMetrics, MetricValue
+from libortho.audit_results import AuditResult
+from libortho.contrast import ALL_FAMILIES, Finding
 from libortho.provenance import Provenance
 from libortho.results import (
     ArmResult,
@@ -228,3 +234,158 @@ def run_results(**changes: Any) -> Results:
         throughput=throughput(),
     )
     return replace(results, **changes)
+
+
+# --- audits -------------------------------------------------------------------------------------
+
+AUDITED = ("codes", "uuids", "people", "passages", "traps")
+
+
+def metric(value: float, unit: str = "of 1", spread: float = 0.05) -> MetricValue:
+    """A metric with limits `spread` to either side."""
+    return MetricValue(
+        value=value,
+        low95=value - spread,
+        high95=value + spread,
+        unit=unit,
+        interval="Student",
+        n=400,
+    )
+
+
+def state_metrics(state: str, family: str, planted: float, twins: float) -> AuditMetrics:
+    """One state's metrics of one family, from its two mean losses."""
+    no_references = "0 planted records have reference secrets, and two or more are needed"
+    return AuditMetrics(
+        state=state,
+        family=family,
+        n_planted=40,
+        n_twins=40,
+        metrics={
+            "extraction, planted": metric(1.0 if planted < 1 else 0.0, "of the records"),
+            "mean loss, planted": metric(planted, "nats per token", 0.2),
+            "mean loss, twins": metric(twins, "nats per token", 0.2),
+            "mean loss, planted - twins": metric(planted - twins, "nats per token"),
+            "exposure": MetricValue(
+                value=None,
+                low95=None,
+                high95=None,
+                unit="bits",
+                interval="none",
+                n=0,
+                reasons=dict.fromkeys(("value", "low95", "high95"), no_references),
+            ),
+            "loss: AUC": metric(0.5 if planted == twins else 0.97),
+            "ratio to B0: AUC": metric(0.5 if planted == twins else 0.99),
+        },
+        mcnemar_p=1.0,
+    )
+
+
+def attack(name: str, hits: int, p_value: float) -> AttackResult:
+    """An attack that got so many of 200 planted records from the off state."""
+    return AttackResult(
+        name=name,
+        needs="the format of the records",
+        settings={},
+        score_unit="nats",
+        off_planted=Rate.of(hits, 200),
+        never_planted=Rate.of(0, 200),
+        off_twins=Rate.of(0, 200),
+        never_twins=Rate.of(0, 200),
+        planted_in_set=200,
+        twins_in_set=200,
+        extracted=(),
+        variants=(
+            VariantResult(
+                name="all", off_hits=hits, never_hits=0, effect=0.0, auc=0.5, p_value=p_value
+            ),
+        ),
+        strongest="all",
+        strongest_family="codes",
+        effect=0.0,
+        auc=0.503,
+        p_membership=p_value,
+        p_outlier=1.0,
+        p_value=p_value,
+        level=0.05,
+        beats_never=p_value <= 0.05,
+        cost_off=Cost(forward_tokens=1000, seconds=2.5),
+        cost_never=Cost(forward_tokens=1000, seconds=2.5),
+        notes_off={},
+        notes_never={},
+    )
+
+
+def dose(alpha: float) -> DosePoint:
+    """A point whose extraction rises and whose loss falls with alpha."""
+    hits = max(0, min(50, round(50 * (alpha - 0.3) / 0.45)))
+    return DosePoint(
+        alpha=alpha,
+        planted=Rate.of(hits, 50),
+        twins=Rate.of(0, 50),
+        loss_planted=max(0.02, 2.95 * (1 - alpha)),
+        loss_twins=2.95 + 1.2 * max(alpha, 0.0),
+        cost=Cost(forward_tokens=1000, seconds=1.0),
+        reasons={"ppl": "no windows of text were given"},
+    )
+
+
+def audit(method: str = "ortho", *, leaks: bool = False, **changes: Any) -> AuditResult:
+    """An audit of five families that finds a method private by construction, or that it leaks."""
+    base = dict(zip(AUDITED, (4.4, 3.9, 2.7, 3.4, 6.1), strict=True))
+    base[ALL_FAMILIES] = sum(base.values()) / len(base)
+    rows = [
+        state_metrics(state, family, loss * factor, loss)
+        for state, factor in (("never", 1.0), ("off", 0.6 if leaks else 1.0), ("on", 0.01))
+        for family, loss in base.items()
+    ]
+    finding = Finding(
+        question="membership",
+        metric="loss",
+        family="codes",
+        effect=1.76 if leaks else 0.001,
+        unit="nats per token",
+        auc=0.97 if leaks else 0.51,
+        p_value=1e-9 if leaks else 0.4,
+        p_adjusted=1e-8 if leaks else 1.0,
+        n_planted=40,
+        n_twins=40,
+    )
+    result = AuditResult(
+        method=method,
+        promise="alpha = 0 has the same bytes whatever the records are",
+        model="smollm2",
+        compute_dtype="bfloat16",
+        seed=0,
+        config={"separation": {"bits": 4, "group_size": 64}},
+        records_source="40 records of each of five families",
+        n_planted=200,
+        n_twins=200,
+        verdict="leaks" if leaks else "private by construction",
+        verdict_reason=(
+            "by loss, planted records of codes are known better than twins"
+            if leaks
+            else "the off state's fingerprint is that of an artefact made without the records"
+        ),
+        construction_checked=True,
+        fingerprint_off="ab" * 32,
+        fingerprint_without_records=("cd" if leaks else "ab") * 32,
+        extraction_on=1.0,
+        privacy_ratio=400.0,
+        privacy_ratio_lower95=52.9,
+        smallest_leak_nats=0.021,
+        smallest_leak_share=0.005,
+        tests=61,
+        bits_off=4.66,
+        bits_on=5.02,
+        metrics=tuple(rows),
+        findings=(finding,),
+        attacks=(
+            attack("logit lens", 0, 0.61),
+            attack("constrained search", 31 if leaks else 0, 1e-4 if leaks else 0.83),
+        ),
+        dose_curve=tuple(map(dose, (-1.0, -0.5, 0.1, 0.25, 0.5, 0.75))),
+        seconds={"evidence, off": 41.2, "attacks": 200.5},
+    )
+    return replace(result, **changes)

@@ -155,6 +155,7 @@ COMMANDS = (
     "export-base",
     "fingerprint",
     "generate",
+    "audit",
     "report",
     "compare",
 )

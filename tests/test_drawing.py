@@ -15,10 +15,12 @@ from libortho.report.drawing import (
     Drawing,
     Limit,
     Row,
+    Series,
     line_chart,
     row_chart,
 )
 
+AXES = {"x_label": "x", "y_label": "y"}
 numbers = st.floats(-1e9, 1e9)
 
 
@@ -89,7 +91,7 @@ def test_nothing_is_drawn_where_there_is_nothing_to_see(rows: list[Row]) -> None
 @given(points=st.lists(st.tuples(numbers, numbers), min_size=2, max_size=30))
 def test_a_line_goes_through_its_points(points: list[tuple[float, float]]) -> None:
     points.sort()
-    chart = line_chart("a line", points, x_label="x", y_label="y", kind="planted")
+    chart = line_chart("a line", [Series(points, "planted")], **AXES)
     assert chart is not None
     (line,) = (s for s in chart.shapes if s.tag == "polyline")
     pairs = [tuple(map(float, pair.split(","))) for pair in line.attributes["points"].split()]
@@ -104,7 +106,7 @@ def test_a_line_goes_through_its_points(points: list[tuple[float, float]]) -> No
 
 def test_a_logarithmic_line_is_straight_for_an_exponential() -> None:
     points = [(float(i), 10.0**-i) for i in range(4)]
-    chart = line_chart("log", points, x_label="x", y_label="y", kind="planted", logarithmic=True)
+    chart = line_chart("log", [Series(points, "planted")], **AXES, logarithmic=True)
     assert chart is not None
     (line,) = (s for s in chart.shapes if s.tag == "polyline")
     ys = [float(pair.split(",")[1]) for pair in line.attributes["points"].split()]
@@ -115,12 +117,13 @@ def test_a_logarithmic_line_is_straight_for_an_exponential() -> None:
 
 def test_a_logarithm_of_nothing_stays_linear() -> None:
     points = [(0.0, 0.0), (1.0, 10.0)]
-    chart = line_chart("lin", points, x_label="x", y_label="y", kind="planted", logarithmic=True)
+    chart = line_chart("lin", [Series(points, "planted")], **AXES, logarithmic=True)
     assert {"0", "10"} <= set(ticks(chart))
 
 
 def test_one_point_is_no_line() -> None:
-    assert line_chart("one", [(1.0, 1.0)], x_label="x", y_label="y", kind="planted") is None
+    assert line_chart("one", [Series([(1.0, 1.0)], "planted")], **AXES) is None
+    assert line_chart("none", [], **AXES) is None
 
 
 @given(low=numbers, span=st.floats(1e-3, 1e9))
@@ -139,3 +142,20 @@ def test_the_description_tells_every_row_and_limit() -> None:
     chart = row_chart("told", rows, unit="x", limits=[Limit(1.5, "gate: 1.5")])
     assert chart is not None
     assert chart.description == "a: 1.00; b: 2.00; line at gate: 1.5"
+
+
+def test_lines_share_their_scales_and_are_named() -> None:
+    lines = [
+        Series([(0.0, 1.0), (1.0, 2.0)], "planted", "ours", dotted=True),
+        Series([(0.0, 2.0), (1.0, 1.0)], "twins", "theirs"),
+        Series([(5.0, 100.0)], "other", "too short to draw"),
+    ]
+    chart = line_chart("two", lines, **AXES)
+    assert chart is not None
+    assert chart.legend == (("planted", "ours"), ("twins", "theirs"))
+    first, second = (s.attributes["points"] for s in chart.shapes if s.tag == "polyline")
+    (a, b), (c, d) = first.split(), second.split()
+    assert a.split(",")[1] == d.split(",")[1]
+    assert b.split(",")[1] == c.split(",")[1]
+    assert len(shapes(chart, "circle", "mark-planted")) == 2
+    assert len(shapes(chart, "circle", "mark-twins")) == 1

@@ -15,11 +15,11 @@ from pathlib import Path
 
 from libortho.errors import OrthoError
 
-from . import artefacts, machine, plan, results
+from . import artefacts, audit, machine, plan, results
 from .commands import EXIT_INTERRUPTED, EXIT_REFUSED, REFUSED_AND_INTERRUPTED
 from .output import note
 
-GROUPS = (machine, plan, artefacts, results)
+GROUPS = (machine, plan, artefacts, audit, results)
 EXIT_BROKEN_PIPE = 141
 
 
@@ -29,7 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     An error of libortho's own is one paragraph on standard error, and 2; an interrupt is 130. Where
     the reader of the output went away (`| head`), it is 141, as the shell says of other programs.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
+    options.command_line = ("libortho", *arguments)
     try:
         code: int = options.run(options)
         sys.stdout.flush()
@@ -53,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Split a language model into a base and a private stream behind one switch, "
         "and show what was measured of it.",
         epilog="`COMMAND --help` shows examples. Exit codes: 0 done or yes; 1 the answer is no "
-        f"(plan, fingerprint, compare); {REFUSED_AND_INTERRUPTED}.",
+        f"(plan, fingerprint, audit, compare); {REFUSED_AND_INTERRUPTED}.",
     )
     parser.add_argument("--version", action="version", version=f"libortho {_version()}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")

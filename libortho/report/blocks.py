@@ -27,6 +27,7 @@ _FORMAT: dict[Unit, str] = {
     "tokens/s": "{:,.1f}",
     "MiB": "{:,.0f}",
     "p": "{:.2g}",
+    "": "{:.3f}",
 }
 
 

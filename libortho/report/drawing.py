@@ -87,6 +87,16 @@ class Limit:
 
 
 @dataclass(frozen=True)
+class Series:
+    """A line through points (x, y). `dotted` marks every point, else only the last."""
+
+    points: Sequence[tuple[float, float]]
+    kind: str
+    label: str = ""
+    dotted: bool = False
+
+
+@dataclass(frozen=True)
 class _Scale:
     low: float
     high: float
@@ -135,24 +145,24 @@ def row_chart(
 
 def line_chart(
     title: str,
-    points: Sequence[tuple[float, float]],
+    lines: Sequence[Series],
     *,
     x_label: str,
     y_label: str,
-    kind: str,
     limits: Sequence[Limit] = (),
     logarithmic: bool = False,
 ) -> Drawing | None:
-    """One line through points in the order of x; None for fewer than two points.
+    """Lines through points in the order of x; None if no line has two points.
 
     `logarithmic` is a wish: with values of 0 or less the scale stays linear, and starts at 0.
     """
-    heights = [y for _, y in points] + [limit.value for limit in limits]
-    across = _bounds([x for x, _ in points], from_zero=False)
+    lines = [line for line in lines if len(line.points) > 1]
+    heights = [y for line in lines for _, y in line.points] + [limit.value for limit in limits]
+    across = _bounds([x for line in lines for x, _ in line.points], from_zero=False)
     logarithmic = logarithmic and min(heights, default=0.0) > 0
     lift = math.log10 if logarithmic else float
     up = _bounds([lift(y) for y in heights], from_zero=not logarithmic)
-    if len(points) < 2 or across is None or up is None:
+    if not lines or across is None or up is None:
         return None
     top = 24.0
     bottom = top + _PLOT_HEIGHT
@@ -168,14 +178,20 @@ def line_chart(
         y = y_scale(lift(limit.value))
         shapes.append(_line(_GUTTER, y, WIDTH - _MARGIN, y, "limit"))
         shapes.append(_text(_GUTTER + 5, y - 4, limit.label, "start", "limit-text"))
-    path = " ".join(f"{_place(x_scale(x))},{_place(y_scale(lift(y)))}" for x, y in points)
-    shapes.append(Shape("polyline", {"points": path, "class": f"curve mark-{kind}"}))
-    (first_x, first), (last_x, last) = points[0], points[-1]
-    shapes.append(_circle(x_scale(last_x), y_scale(lift(last)), 3.5, kind))
-    description = (
-        f"{y_label} from {first:.3g} at {x_label} {first_x:g} to {last:.3g} at {x_label} {last_x:g}"
-    )
-    return Drawing(title, description, WIDTH, bottom + _AXIS, tuple(shapes))
+    told = []
+    for line in lines:
+        places = [(x_scale(x), y_scale(lift(y))) for x, y in line.points]
+        path = " ".join(f"{_place(x)},{_place(y)}" for x, y in places)
+        shapes.append(Shape("polyline", {"points": path, "class": f"curve mark-{line.kind}"}))
+        for x, y in places if line.dotted else places[-1:]:
+            shapes.append(_circle(x, y, 3.5, line.kind))
+        (first_x, first), (last_x, last) = line.points[0], line.points[-1]
+        told.append(
+            f"{line.label or y_label} from {first:.3g} at {x_label} {first_x:g} to {last:.3g} at "
+            f"{last_x:g}"
+        )
+    legend = tuple((line.kind, line.label) for line in lines if line.label)
+    return Drawing(title, "; ".join(told), WIDTH, bottom + _AXIS, tuple(shapes), legend)
 
 
 # ---------------------------------------------------------------- shapes

@@ -56,8 +56,8 @@ def headline(run: Run) -> Headline:
 
 
 def gates(run: Run) -> list[Gate]:
-    """Every gate, whether it ran or not."""
-    return [_privacy(run), _perplexity(run)]
+    """Every gate, whether it ran or not; of audits the first, which is what a release is."""
+    return [_privacy(run), *_audit(run), _perplexity(run)]
 
 
 def _privacy(run: Run) -> Gate:
@@ -71,6 +71,19 @@ def _privacy(run: Run) -> Gate:
     if result.fingerprint_equal:
         short += ", where its fingerprint is that of before tuning"
     return Gate("privacy", result.verdict, result.verdict_reason, short)
+
+
+def _audit(run: Run) -> list[Gate]:
+    if not run.results.audits:
+        return []  # an audit takes long, and is asked for by itself
+    audit = run.results.audits[0]
+    verdict: VerdictName = "inconclusive"
+    if audit.verdict.startswith("private"):
+        verdict = "passes"
+    elif audit.verdict == "leaks":
+        verdict = "fails"
+    short = f"an audit with {audit.n_planted} planted records finds it {audit.verdict}"
+    return [Gate("audit", verdict, audit.verdict_reason, short)]
 
 
 def _perplexity(run: Run) -> Gate:

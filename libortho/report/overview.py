@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from libortho.compare import Change, Comparison, compare
+from libortho.figures.audits import audit_names
 
 from .blocks import Block, Bullets, Cell, Facts, Paragraph, Section, Table, figure_cell, words
 from .run import Run
@@ -76,6 +77,8 @@ def _reasons(run: Run) -> Iterator[tuple[str, str]]:
         yield from ((f"exp2_null_test.{k}", v) for k, v in second.reasons.items())
         for name, arm in second.arms.items():
             yield from ((f"exp2_null_test.arms.{name}.{k}", v) for k, v in arm.reasons.items())
+    for name, audit in zip(audit_names(run.results.audits), run.results.audits, strict=True):
+        yield from ((f"audits.{name}.{k}", v) for k, v in audit.reasons.items())
     for case in run.results.throughput:
         where = f"throughput.{case.arm}.{case.phase}"
         yield from ((f"{where}.{k}", v) for k, v in case.reasons.items())

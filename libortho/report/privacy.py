@@ -5,7 +5,7 @@ from __future__ import annotations
 from libortho.results import KillSwitchResult
 
 from .blocks import Block, Cell, Paragraph, Section, Table, drawings
-from .drawing import Dot, Drawing, Limit, Row, line_chart, row_chart
+from .drawing import Dot, Drawing, Limit, Row, Series, line_chart, row_chart
 from .run import Run
 
 _EXP1 = "exp1_kill_switch"
@@ -106,11 +106,13 @@ def losses(run: Run) -> Section:
         "equal, nothing is known of the planted records that is not known of any such record; "
         "where planted secrets cost less, something is known, although it may not be recited."
     )
-    missing = Paragraph(
-        "Losses by family and by record: not measured: this results file holds one mean over all "
-        "families."
+    where = (
+        "Losses by family stand with the audits."
+        if run.results.audits
+        else "Losses by family: not measured: without an audit, a results file holds one mean over "
+        "all families."
     )
-    return Section(title, (Paragraph(text), *drawings(chart), missing))
+    return Section(title, (Paragraph(text), *drawings(chart), Paragraph(where)))
 
 
 def tuning(run: Run) -> Section:
@@ -128,19 +130,17 @@ def tuning(run: Run) -> Section:
     target = _target(result)
     secrets = line_chart(
         "Loss on the records, step by step",
-        [(point.step, point.secret_loss) for point in curve],
+        [Series([(point.step, point.secret_loss) for point in curve], "planted")],
         x_label="optimiser step",
         y_label="nats per secret token",
-        kind="planted",
         limits=() if not target else (Limit(target, f"target for the worst record: {target:g}"),),
         logarithmic=True,
     )
     replay = line_chart(
         "Drift from alpha = 0 on public text",
-        [(point.step, point.replay_kl) for point in curve],
+        [Series([(point.step, point.replay_kl) for point in curve], "twins")],
         x_label="optimiser step",
         y_label="KL divergence, nats per token",
-        kind="twins",
     )
     last = curve[-1]
     text = (

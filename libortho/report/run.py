@@ -38,21 +38,30 @@ class Run:
 
     @property
     def model(self) -> str | None:
-        """The model that the experiments ran on; None if neither finished."""
-        result = self.results.exp1_kill_switch or self.results.exp2_null_test
-        return None if result is None else result.model
+        """The model that was examined; None if nothing finished but throughput."""
+        results = self.results
+        finished = (results.exp1_kill_switch, results.exp2_null_test, *results.audits[:1])
+        return next((result.model for result in finished if result is not None), None)
 
     @property
     def bits(self) -> int | None:
-        """Bits of the lattice, 16 for none; None if no experiment finished."""
+        """Bits of the lattice, 16 for none; None if the file doesn't say."""
         result = self.results.exp1_kill_switch or self.results.exp2_null_test
-        return None if result is None else result.quantization_bits
+        if result is not None:
+            return result.quantization_bits
+        for audit in self.results.audits:
+            separation = audit.config.get("separation")
+            if isinstance(separation, dict) and type(separation.get("bits")) is int:
+                return int(separation["bits"])
+        return None
 
     @property
     def subject(self) -> str:
         """The model and its bits in words."""
         if self.model is None:
             return "This run"
+        if self.bits is None:
+            return self.model
         lattice = "without a lattice" if self.bits == NO_LATTICE else f"at {self.bits} bits"
         return f"{self.model} {lattice}"
 
