@@ -11,6 +11,7 @@ import pytest
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import libortho
+from libortho.audit import MIN_FAMILY_RECORDS
 from libortho.audit_artefact import audit_artefact
 from libortho.cli import main
 from libortho.config import TuningConfig
@@ -143,7 +144,8 @@ def test_too_few_records_are_refused_before_anything_is_loaded(
     monkeypatch.setattr("libortho.audit_artefact.saved_artefact", lambda *_: pytest.fail("loaded"))
     assert run(tuned, records="few.jsonl") == 2
     error = capsys.readouterr().err
-    assert "at least 5 planted records and as many twins in each family" in error
+    least = f"at least {MIN_FAMILY_RECORDS} planted records and as many twins in each family"
+    assert least in error
     assert "4 planted in one" in error
 
 
