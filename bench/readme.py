@@ -46,7 +46,7 @@ def render(readme: str = "README.md") -> str:
 
 def block_of(text: str) -> str:
     """What a README says between its marks."""
-    return text.split(BEGIN)[1].split(END)[0].strip("\n")
+    return text.split(BEGIN)[1].split(END, maxsplit=1)[0].strip("\n")
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -114,7 +114,7 @@ def test_the_reader_refuses_what_the_page_says(
         reader.Artefact(folder)
     config = public / "config.json"
     config.write_text(config.read_text().replace('"vocab_size": 300', '"vocab_size": 301'))
-    with pytest.raises(AssertionError, match="config.json is not the file that was saved"):
+    with pytest.raises(AssertionError, match="is not the file that was saved"):
         reader.Artefact(public)
 
 
@@ -125,7 +125,9 @@ def first_column(heading: str) -> list[list[str]]:
     """The code in the first cells of the tables below a heading, a list for each table."""
     section = re.split(r"(?m)^#+ ", PAGE.split(f" {heading}\n", 1)[1])[0]
     tables = re.findall(r"(?m)^\|---.*\n((?:\|.*\n)+)", section)
-    return [[re.findall(r"`([^`]+)`", line.split("|")[1])[0] for line in t.splitlines()] for t in tables]
+    return [
+        [re.findall(r"`([^`]+)`", line.split("|")[1])[0] for line in t.splitlines()] for t in tables
+    ]
 
 
 def test_every_field_of_the_manifests_is_on_the_page(
