@@ -44,7 +44,7 @@ def test_every_module_is_rendered_without_a_warning(
     resolve_named_tuples()
     # Values that a variable of the environment happens to have are no secrets of ours.
     monkeypatch.setenv("PDOC_DISPLAY_ENV_VARS", "1")
-    pdoc.render.configure(docformat="google")
+    pdoc.render.configure(docformat="google", show_source=False)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         pdoc.pdoc(*asked, output_directory=tmp_path)
