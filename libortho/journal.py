@@ -205,8 +205,11 @@ def _digest(content: Any, digits: int = 24) -> str:
 @functools.cache
 def _environment() -> list[str]:
     """Python and every installed package with its version: any of them may compute something."""
-    packages = sorted({f"{d.name} {d.version}" for d in metadata.distributions()})
-    return [platform.python_version(), platform.platform(), *packages]
+    packages = set()
+    for found in metadata.distributions():
+        with suppress(TypeError, KeyError):  # a folder that an uninstallation left behind
+            packages.add(f"{found.name} {found.version}")
+    return [platform.python_version(), platform.platform(), *sorted(packages)]
 
 
 def _source(folders: Iterable[Path]) -> str:

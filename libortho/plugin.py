@@ -194,9 +194,11 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if run.failures and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     if run.journal is not None:
-        # A run that was stopped, by -x as by a key, has not measured what was asked for.
+        # Stopped by -x or by a key, a run has not measured what was asked for. To a worker of xdist
+        # others' cases are not missing.
         ended = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
-        run.journal.close(finished=ended and run.complete and not run.failures)
+        complete = run.complete or hasattr(config, "workerinput")
+        run.journal.close(finished=ended and complete and not run.failures)
         run.notes += run.journal.notes
 
 
