@@ -78,7 +78,7 @@ class Journal:
         self._folder = root / name
         self._lock = _lock_of(self._folder)
         try:
-            self._lock.acquire(blocking=False)
+            self._lock.acquire(timeout=0)
         except Timeout:
             self.notes.append(
                 "another run of the same job is in progress: this one measures everything itself, "
@@ -242,6 +242,6 @@ def _remove_expired(root: Path) -> None:
         with suppress(OSError, NotImplementedError, Timeout):
             if time.time() - path.stat().st_mtime > EXPIRY_DAYS * _DAY_S:
                 lock = _lock_of(path.with_suffix(""))
-                with lock.acquire(blocking=False):
+                with lock.acquire(timeout=0):
                     _remove(path.with_suffix(""))
                     path.unlink()
