@@ -58,7 +58,7 @@ def entry_in(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_what_was_measured_comes_back_as_it_was(kind: Any, data: st.DataObject) -> None:
     value = data.draw(some(kind))
@@ -181,7 +181,7 @@ def test_whatever_could_change_a_measurement_has_it_made_anew(
     assert found == Figure(1.0 if change == "nothing" else 2.0)
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_a_truncated_entry_is_named_and_not_used(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -197,7 +197,7 @@ def test_a_truncated_entry_is_named_and_not_used(data: st.DataObject) -> None:
     assert journal.resumed == {}
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_no_damaged_byte_becomes_a_figure(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -396,9 +396,10 @@ def test_a_value_that_is_no_json_turns_the_run_red(run: Run, pytester: pytest.Py
 
 # --- runs that are interrupted ------------------------------------------------------------------
 
-JOURNAL = (
-    MEASURED
-    + """
+
+def job(value: str, second: str = "pass", last: str = "pass") -> str:
+    """Three cases, of which the first measures `value` unless an interrupted run has measured."""
+    cases = f"""
     import pytest
     from libortho.journal import Journal
 
@@ -416,8 +417,9 @@ JOURNAL = (
 
     def test_last():
         {last}
-"""
-)
+    """
+    return MEASURED + cases
+
 
 ENDS = {
     "interrupted": ({"second": "raise KeyboardInterrupt"}, (), True),
@@ -434,30 +436,29 @@ ENDS = {
 def test_only_an_unfinished_run_is_resumed(end: str, run: Run, pytester: pytest.Pytester) -> None:
     (pytester.path / "occupied").write_text("a file")
     bodies, arguments, resumed = ENDS[end]
-    passes = {"second": "pass", "last": "pass"}
-    text = output(run(JOURNAL.format(value="before", **passes | bodies), "-s", *arguments))
+    text = output(run(job("before", **bodies), "-s", *arguments))
     assert "found before" in text
     assert ("note: this run did not finish; measurements kept" in text) == resumed
 
-    text = output(run(JOURNAL.format(value="now", **passes), "-s", "--results-dir=there"))
+    text = output(run(job("now"), "-s", "--results-dir=there"))
     assert f"found {'before' if resumed else 'now'}" in text
     assert ("note: resumed from an interrupted run, measured 2" in text) == resumed
     (path,) = results_in(pytester.path / "there")
     assert list(read_results(path).resumed) == ["one"] * resumed
 
     # That run finished.
-    assert "found later" in output(run(JOURNAL.format(value="later", **passes), "-s"))
+    assert "found later" in output(run(job("later"), "-s"))
 
 
 def test_fresh_takes_nothing_over(run: Run) -> None:
-    run(JOURNAL.format(value="before", second="raise KeyboardInterrupt", last="pass"))
-    text = output(run(JOURNAL.format(value="now", second="pass", last="pass"), "-s", "--fresh"))
+    run(job("before", second="raise KeyboardInterrupt"))
+    text = output(run(job("now"), "-s", "--fresh"))
     assert "found now" in text
     assert "resumed" not in text
 
 
 def test_an_interrupted_run_writes_what_it_has(run: Run, pytester: pytest.Pytester) -> None:
-    result = run(JOURNAL.format(value="before", second="raise KeyboardInterrupt", last="pass"))
+    result = run(job("before", second="raise KeyboardInterrupt"))
     assert result.ret == pytest.ExitCode.INTERRUPTED
     (path,) = results_in(pytester.path)
     results = read_results(path)
