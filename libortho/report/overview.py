@@ -54,8 +54,8 @@ def _conditions(run: Run) -> Iterator[tuple[str, str]]:
         yield "commit", commit[:12] + (" with changes" if where.git_dirty else "")
     resumed = run.results.resumed
     if resumed:
-        told = "; ".join(f"{name} ({when})" for name, when in resumed.items())
-        yield "resumed", f"measured by an interrupted run: {told}"
+        names = "; ".join(f"{name} ({when})" for name, when in resumed.items())
+        yield "resumed", f"measured by an interrupted run: {names}"
     yield "ended", where.timestamp_utc
     yield "command", " ".join(where.command)
     yield "file", run.name
