@@ -23,7 +23,7 @@ FOLDER = Path(__file__).parent / "results"
 BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
 CARD_RUN, KERNELS = "h100-enwiki.json", "h100-kernels.json"
 """A run of both experiments on a card, and `bench/gpu_kernels.py` on the same kind of card."""
-RUNS = ("cpu-enwiki.json",)
+RUNS = ("cpu-enwiki.json", "cpu-wikitext2.json")
 """A whole run of `pytest -m gtx4050`, then ones of experiment 2 on other text."""
 ARMS = ("reference", "alpha1", "alpha0", "plain", "nf4")
 
