@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from bench.gpu_checks import CHECKS, check_layer, check_random, check_switching
-from bench.gpu_run import Run
+from bench.gpu_run import Run, Section
 from bench.gpu_timings import (
     DENSITY,
     SEVERAL,
@@ -50,21 +51,35 @@ def measured_lines(run: Run) -> list[str]:
     return lines
 
 
-def plan() -> list[Case]:
-    """Everything to build, in the order in which it is needed."""
-    cases = [c for case in CHECKS for c in (case, replace(case, config=None))]
-    for family, shapes in SHAPES.items():
-        for shape in shapes.values():
-            for case in (Case(*shape).with_streams(DENSITY), Case(*shape)):
-                configs = autotune.candidates(case.shape, 1)
-                cases += [replace(case, config=config) for config in configs]
-        if family == "8B":
-            cases += prompt_cases().values()
-    for tokens in SEVERAL:
-        for shape in SHAPES["8B"].values():
-            case = Case(*shape, tokens).with_streams(DENSITY)
-            cases += [replace(case, config=config) for config in several_candidates(case)]
-    return cases + format_cases()
+def _check_cases() -> list[Case]:
+    return [c for case in CHECKS for c in (case, replace(case, config=None))]
+
+
+def _single_cases(family: str) -> list[Case]:
+    shapes = [Case(*shape) for shape in SHAPES[family].values()]
+    both = [c for case in shapes for c in (case.with_streams(DENSITY), case)]
+    return [replace(c, config=k) for c in both for k in autotune.candidates(c.shape, 1)]
+
+
+def _several_cases() -> list[Case]:
+    cases = [
+        Case(*shape, n).with_streams(DENSITY) for n in SEVERAL for shape in SHAPES["8B"].values()
+    ]
+    return [replace(c, config=k) for c in cases for k in several_candidates(c)]
+
+
+SECTIONS: dict[str, tuple[Section, Callable[[], list[Case]]]] = {
+    "random cases": (check_random, _check_cases),
+    "switching": (check_switching, list),
+    "8B, 1 token": (single_token("8B"), lambda: _single_cases("8B")),
+    "layer": (check_layer, list),
+    "prompts": (prompts, lambda: list(prompt_cases().values())),
+    "eager": (eager, list),
+    "3B, 1 token": (single_token("3B"), lambda: _single_cases("3B")),
+    "several tokens": (several_tokens, _several_cases),
+    "formats": (formats, format_cases),
+}
+"""What is done and what has to be built for it, in the order of importance."""
 
 
 def main() -> None:
@@ -73,6 +88,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="where the JSON file is written")
     parser.add_argument("--seconds", type=float, default=420.0, help="time that may be taken")
+    parser.add_argument("--only", choices=tuple(SECTIONS), nargs="+", help="some sections only")
     parser.add_argument(
         "--processes",
         type=int,
@@ -82,21 +98,16 @@ def main() -> None:
     options = parser.parse_args()
     # Nothing that was tuned before may enter, and the platform's folder need not exist.
     os.environ["LIBORTHO_CACHE"] = tempfile.mkdtemp()
+    chosen = {name: SECTIONS[name] for name in options.only or SECTIONS}
     major, minor = torch.cuda.get_device_capability(0)
     compiler = Compiler(options.processes, 10 * major + minor)
-    compiler.submit(plan())
+    for _, cases in chosen.values():
+        compiler.submit(cases())
     run = Run(options.out, options.seconds, compiler)
     try:
         run.section("bandwidth", bandwidth)
-        run.section("random cases", check_random)
-        run.section("switching", check_switching)
-        run.section("8B, 1 token", single_token("8B"))
-        run.section("layer", check_layer)
-        run.section("prompts", prompts)
-        run.section("eager", eager)
-        run.section("3B, 1 token", single_token("3B"))
-        run.section("several tokens", several_tokens)
-        run.section("formats", formats)
+        for name, (measure, _) in chosen.items():
+            run.section(name, measure)
         run.found["measured"] = measured_lines(run)
         run.write()
     finally:

@@ -35,14 +35,17 @@ class Run:
     def __init__(self, out: Path, seconds: float, compiler: Compiler) -> None:
         self.out, self.seconds, self.compiler = out, seconds, compiler
         self._began = time.monotonic()
-        self.found: dict[str, Any] = {"environment": environment(), "section_seconds": {}}
+        self.found: dict[str, Any] = {
+            "environment": environment("bench.gpu_kernels"),
+            "section_seconds": {},
+        }
         self.lines: list[str] = []
 
     @property
     def left_s(self) -> float:
         return self.seconds - (time.monotonic() - self._began)
 
-    def section(self, name: str, measure: Callable[[Run, dict[str, Any]], None]) -> None:
+    def section(self, name: str, measure: Section) -> None:
         """Let `measure` fill one section and write the file; what fails leaves the rest."""
         found = self.found[name] = {}
         if self.left_s < 5:
@@ -63,7 +66,11 @@ class Run:
         atomic_write_text(self.out, json.dumps(self.found, indent=1, default=str) + "\n")
 
 
-def environment() -> dict[str, Any]:
+Section = Callable[[Run, dict[str, Any]], None]
+"""Fills a dictionary of its own."""
+
+
+def environment(module: str) -> dict[str, Any]:
     """Card, versions, date and command."""
     properties = torch.cuda.get_device_properties(0)
     return {
@@ -77,7 +84,7 @@ def environment() -> dict[str, Any]:
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
         "python": sys.version.split()[0],
-        "command": "python -m bench.gpu_kernels",
+        "command": f"python -m {module}",
     }
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.gpu_run import REPLAYS, Run, capture, median_us, operand_sets, sets_for
+from bench.gpu_run import REPLAYS, Run, Section, capture, median_us, operand_sets, sets_for
 from bench.kernel_cases import Case, Operands, make_operands, random_layer
 from libortho.kernels import autotune, int4pack, op
 from libortho.kernels.compose import compose
@@ -45,7 +45,7 @@ SEVERAL = (8, 4, 2)
 GB = 1e9
 
 
-def single_token(family: str) -> Callable[[Run, dict[str, Any]], None]:
+def single_token(family: str) -> Section:
     """One token: base alone, with both streams at alpha 1 and 0, and the peers."""
 
     def measure(run: Run, found: dict[str, Any]) -> None:

@@ -82,7 +82,8 @@ class OrthoLinear(nn.Module):
         # alpha's two copies: the device scalar is what products read, in a captured graph too; the
         # Python number can be asked for without waiting for the device.
         self._alpha = 1.0
-        self.register_buffer("alpha", torch.ones((), device=device), persistent=False)
+        scalar = torch.ones((), dtype=torch.float32, device=device)
+        self.register_buffer("alpha", scalar, persistent=False)
         self._held: Tensor | None = None  # the composed weight, if it is held (see `hold`)
         self._held_public: Tensor | None = None  # its entries at the private slots at alpha = 0
         self._observer: Callable[[Tensor], None] | None = None
