@@ -1,156 +1,80 @@
-"""Decode a Llama of random weights on a GPU: `python -m bench.gpu_decode --out decode.json`.
+"""Decode Llamas of random weights by `generate` on a GPU: `python -m bench.gpu_decode --out F`.
 
-Exercises the exact geometry of Llama 3 8B or Llama 3.2 3B: INT4 in groups of 128 with 0.5 %
-residual and 0.5 % private, transformers' static cache, one decode step as a captured CUDA graph.
-Says `weights: random`: speed and memory are real, the text means nothing.
+At the exact geometry of Llama 3 8B and Llama 3.2 3B: INT4 in groups of 128 with 0.5 % residual and
+0.5 % private, and its peers beside it on the same card: bitsandbytes NF4 as its users run it and on
+captured steps, PyTorch's INT4 product, GemLite and 16-bit weights on captured steps. Stops in time:
+sections come in order of importance, and the file is written after each.
+
+`--device cpu --geometry tiny` rehearses it without a card.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import time
+import functools
+import os
+
+# Before CUDA starts: cuBLAS would take 32 MiB of the cap for a workspace.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
-from bench.gpu_run import environment
-from bench.kernel_cases import Case, random_layer
-from libortho.files import atomic_write_text
-from libortho.linear import OrthoLinear
-from libortho.models import linear_layers
-from libortho.separation import replace_module
-from libortho.switch import ortho_layers, set_alpha
+from bench.decode_models import DENSITY, GEOMETRIES, GROUP_SIZE
+from bench.decode_timings import Conditions, decode, switching, transformers_compile
+from bench.gpu_run import Run, Section
+from bench.gpu_timings import bandwidth
+from bench.kernel_cases import Case
+from bench.kernel_compiler import Compiler
+from libortho.kernels.configs import default_config
 
-GEOMETRIES: dict[str, dict[str, Any]] = {
-    "8B": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "tie_word_embeddings": False,
-    },
-    "3B": {
-        "hidden_size": 3072,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 24,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 128256,
-        "tie_word_embeddings": True,
-    },
-}
-DENSITY = 0.005
-GB = 1e9
-MIB = 1 << 20
-WARM_STEPS = 3
+CAP_GIB = 5.0
+"""Memory that PyTorch may reserve where the cap is on: what a 6 GB card leaves."""
 
 
-def random_model(
-    geometry: dict[str, Any], *, dtype: torch.dtype, group_size: int = 128, device: str = "cuda"
-) -> Any:
-    """A separated Llama with random contents, never dense anywhere: layers are drawn packed."""
-    config = LlamaConfig(**geometry, max_position_embeddings=8192, rope_theta=500000.0, dtype=dtype)
-    with init_empty_weights(include_buffers=False):
-        model = LlamaForCausalLM(config)
-    for seed, (name, linear) in enumerate(linear_layers(model).items()):
-        case = Case(linear.out_features, linear.in_features, group_size=group_size)
-        replace_module(
-            model, name, _shrunk(random_layer(case.with_streams(DENSITY), seed, device=device))
-        )
-    for module in model.modules():
-        if isinstance(module, OrthoLinear):
-            continue
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            drawn = torch.randn(parameter.shape, dtype=dtype, device=device)
-            filled = drawn.mul_(0.02) if parameter.dim() > 1 else drawn.fill_(1.0)
-            setattr(module, name, nn.Parameter(filled, requires_grad=False))
-    model.tie_weights()
-    return model.to(device).eval()
+def sections(conditions: Conditions, geometries: list[str]) -> dict[str, Section]:
+    """What is done, in the order of importance."""
+    found: dict[str, Callable[..., None]] = {}
+    first, *others = geometries
+
+    def add(name: str, measure: Callable[..., None], geometry: str, **options: object) -> None:
+        found[f"{geometry} {name}"] = functools.partial(measure, conditions, geometry, **options)
+
+    for geometry in (first, *others):
+        add("ortho", decode, geometry, kind="ortho")
+        add("ortho, INT8 head, capped", decode, geometry, kind="ortho", head_bits=8, cap=CAP_GIB)
+        add("switching", switching, geometry)
+        add("nf4, eager", decode, geometry, kind="nf4", captured=False)
+        add("int4pack", decode, geometry, kind="int4pack")
+    for geometry in (first, *others):
+        add("dense", decode, geometry, kind="dense")
+        add("nf4", decode, geometry, kind="nf4")
+        add("gemlite", decode, geometry, kind="gemlite")
+    add("ortho, FP16 head, capped", decode, geometries[-1], kind="ortho", cap=CAP_GIB)
+    add("ortho, transformers' compile", transformers_compile, geometries[-1])
+    return found
 
 
-def _shrunk(layer: OrthoLinear) -> OrthoLinear:
-    """Weights of the size that keeps activations finite through the layers."""
-    size = layer.in_features**-0.5
-    layer.scales, layer.zeros = layer.scales * size, layer.zeros * size
-    layer.residual_values = layer.residual_values * size
-    layer.private_values = layer.private_values * size
-    return layer
-
-
-class Decoder:
-    """One greedy decode step of a model with a static cache, captured once and replayed."""
-
-    def __init__(self, model: Any, length: int) -> None:
-        self.model = model
-        self.cache = StaticCache(config=model.config, max_cache_len=length)
-        self.slots = torch.arange(length, device=model.device)
-        self.token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-        self.position = torch.zeros(1, dtype=torch.int64, device=model.device)
-        self.graph: torch.cuda.CUDAGraph | None = None
-
-    def prefill(self, ids: Tensor) -> None:
-        """Read a prompt `[1, tokens]`; the next step continues it."""
-        self.cache.reset()
-        positions = torch.arange(ids.shape[1], device=ids.device)
-        logits = self._logits(ids, positions)
-        self.token.copy_(logits[:, -1:].argmax(-1))
-        self.position.fill_(ids.shape[1])
-
-    def step(self) -> None:
-        """The next token, into `self.token`."""
-        if self.graph is not None:
-            self.graph.replay()
-        else:
-            self._step()
-
-    def capture(self) -> None:
-        """Capture the step; what it changed by warming up is of no consequence to speed."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_STEPS):
-                self._step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._step()
-        self.graph = graph
-
-    def _step(self) -> None:
-        logits = self._logits(self.token, self.position)
-        self.token.copy_(logits[:, -1:].argmax(-1))
-        self.position.add_(1)
-
-    def _logits(self, ids: Tensor, positions: Tensor) -> Tensor:
-        # The whole mask is given: what transformers makes of none may ask the device for lengths.
-        seen = self.slots[None, :] <= positions[:, None]
-        return self.model(
-            input_ids=ids,
-            attention_mask=seen[None, None],  # [1, 1, tokens, length]
-            position_ids=positions[None],
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits
-
-
-def bytes_per_token(model: Any, context: int) -> int:
-    """The fewest bytes that a decode step reads: weights, head, and a cache of `context` tokens."""
-    layers = sum(layer.storage_bits() // 8 for layer in ortho_layers(model).values())
-    head = model.get_output_embeddings().weight
-    config = model.config
-    width = config.num_key_value_heads * config.head_dim
-    cache = 2 * config.num_hidden_layers * width * context * head.element_size()
-    return layers + head.numel() * head.element_size() + cache
+def kernels(geometry: str, dtype: str) -> list[Case]:
+    """What has to be compiled for a geometry's layers, fused ones included."""
+    sizes = GEOMETRIES[geometry]
+    width, inner = sizes["hidden_size"], sizes["intermediate_size"]
+    head = sizes.get("head_dim", width // sizes["num_attention_heads"])
+    key, query = (head * sizes[f"num_{n}_heads"] for n in ("key_value", "attention"))
+    properties = torch.cuda.get_device_properties(0)
+    card = (properties.major, properties.minor), properties.multi_processor_count
+    few = [(query + 2 * key, width), (width, query), (2 * inner, width), (width, inner)]
+    many = [(query, width), (key, width), (width, query), (inner, width), (width, inner)]
+    cases = []
+    for shape in few:
+        case = Case(*shape, group_size=GROUP_SIZE, dtype=dtype).with_streams(DENSITY)
+        cases.append(replace(case, config=default_config(case.shape, 1, *card).config))
+    dense = [Case(*shape, group_size=GROUP_SIZE, dtype=dtype) for shape in dict.fromkeys(many)]
+    return cases + [case.with_streams(DENSITY) for case in dense]
 
 
 def main() -> None:
@@ -158,58 +82,43 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="where the JSON file is written")
-    parser.add_argument("--geometry", choices=tuple(GEOMETRIES), default="8B")
+    parser.add_argument("--geometry", choices=tuple(GEOMETRIES), nargs="+", default=["8B", "3B"])
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="bfloat16")
-    parser.add_argument("--prompt", type=int, default=384, help="tokens of the prompt")
+    parser.add_argument(
+        "--context", type=int, default=512, help="tokens, half-way through decoding"
+    )
     parser.add_argument("--new", type=int, default=128, help="tokens that are decoded")
-    parser.add_argument("--cap-gib", type=float, help="memory that PyTorch may reserve")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="timings, of which the median counts"
+    )
+    parser.add_argument("--only", nargs="+", help="sections whose names contain one of these")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--seconds", type=float, default=230.0, help="time that may be taken")
+    parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     options = parser.parse_args()
-    if options.cap_gib is not None:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(options.cap_gib * (1 << 30) / total)
-    torch.manual_seed(0)
-    found: dict[str, Any] = {
-        "environment": environment("bench.gpu_decode"),
-        "weights": "random",
-        "geometry": options.geometry,
-        "dtype": options.dtype,
-    }
-    with torch.inference_mode():
-        model = random_model(GEOMETRIES[options.geometry], dtype=getattr(torch, options.dtype))
-        found["loaded_mib"] = torch.cuda.memory_allocated() / MIB
-        decoder = Decoder(model, options.prompt + 2 * options.new + 2 * WARM_STEPS + 2)
-        ids = torch.randint(0, model.config.vocab_size, (1, options.prompt), device="cuda")
-        seconds = []
-        for _ in range(3):
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            decoder.prefill(ids)
-            torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - began)
-        found["prefill_s"] = min(seconds)
-        decoder.capture()
-        for alpha in (1.0, 0.0):
-            set_alpha(model, alpha)
-            decoder.prefill(ids)
-            took = []
-            for _ in range(options.new):
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                decoder.step()
-                end.record()
-                took.append((start, end))
-            torch.cuda.synchronize()
-            ms = statistics.median(start.elapsed_time(end) for start, end in took)
-            read = bytes_per_token(model, options.prompt + options.new // 2)
-            found[f"alpha {alpha:g}"] = {
-                "median_ms": ms,
-                "tokens_per_s": 1e3 / ms,
-                "bytes_per_token": read,
-                "gb_per_s": read / ms * 1e3 / GB,
-            }
-    found["reserved_mib"] = torch.cuda.max_memory_reserved() / MIB
-    atomic_write_text(options.out, json.dumps(found, indent=1) + "\n")
-    print(json.dumps({k: v for k, v in found.items() if k != "environment"}, indent=1))  # noqa: T201
+    # Nothing that was tuned before may enter, and the platform's folder need not exist.
+    os.environ["LIBORTHO_CACHE"] = tempfile.mkdtemp()
+    on_card = options.device == "cuda"
+    device = torch.device("cuda", 0) if on_card else torch.device("cpu")
+    conditions = Conditions(
+        device, getattr(torch, options.dtype), options.context, options.new, options.repeats
+    )
+    capability = torch.cuda.get_device_capability(0) if on_card else (9, 0)
+    compiler = Compiler(options.processes, 10 * capability[0] + capability[1])
+    if on_card:
+        for geometry in options.geometry:
+            compiler.submit(kernels(geometry, options.dtype))
+    run = Run("bench.gpu_decode", options.out, options.seconds, compiler)
+    run.found |= {"weights": "random", "conditions": conditions.described()}
+    try:
+        if on_card:
+            run.section("bandwidth", bandwidth)
+        for name, measure in sections(conditions, options.geometry).items():
+            if options.only is None or any(part in name for part in options.only):
+                run.section(name, measure)
+    finally:
+        compiler.close()
+    print("\n".join(run.lines))  # noqa: T201
 
 
 if __name__ == "__main__":

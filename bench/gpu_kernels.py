@@ -103,7 +103,7 @@ def main() -> None:
     compiler = Compiler(options.processes, 10 * major + minor)
     for _, cases in chosen.values():
         compiler.submit(cases())
-    run = Run(options.out, options.seconds, compiler)
+    run = Run("bench.gpu_kernels", options.out, options.seconds, compiler)
     try:
         run.section("bandwidth", bandwidth)
         for name, (measure, _) in chosen.items():
