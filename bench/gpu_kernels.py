@@ -17,8 +17,16 @@ from pathlib import Path
 
 import torch
 
-from bench.gpu_checks import CHECKS, check_layer, check_random, check_switching
+from bench.gpu_checks import (
+    CASES,
+    CASES_SEED,
+    check_between,
+    check_layer,
+    check_random,
+    check_switching,
+)
 from bench.gpu_run import Run, Section
+from bench.gpu_single_token import single_token
 from bench.gpu_timings import (
     DENSITY,
     SEVERAL,
@@ -31,10 +39,10 @@ from bench.gpu_timings import (
     prompts,
     several_candidates,
     several_tokens,
-    single_token,
 )
-from bench.kernel_cases import Case
+from bench.kernel_cases import Case, random_cases
 from bench.kernel_compiler import Compiler
+from bench.sanitizer import sanitized
 from libortho.kernels import autotune
 from libortho.kernels.configs import DecodeConfig
 
@@ -42,17 +50,19 @@ from libortho.kernels.configs import DecodeConfig
 def measured_lines(run: Run) -> list[str]:
     """The winners, as lines for `libortho.kernels.configs.MEASURED`."""
     lines = []
-    for section in ("8B, 1 token", "3B, 1 token", "several tokens"):
+    for section in ("8B, 1 token", "3B, 1 token", "fused, 1 token", "several tokens"):
         for entry in run.found.get(section, {}).values():
             if isinstance(entry, dict) and "shape" in entry and entry["with_streams"][0]["us"]:
-                config = DecodeConfig(**entry["with_streams"][0]["config"])
+                best = entry.get("best", {}).get("streams", entry["with_streams"][0]["config"])
+                config = DecodeConfig(**best)
                 key = (*entry["shape"], entry.get("tokens", 1))
                 lines.append(f"{key}: {config},")
     return lines
 
 
 def _check_cases() -> list[Case]:
-    return [c for case in CHECKS for c in (case, replace(case, config=None))]
+    cases = random_cases(CASES, CASES_SEED)
+    return [c for case in cases for c in (case, replace(case, config=None))]
 
 
 def _single_cases(family: str) -> list[Case]:
@@ -70,9 +80,12 @@ def _several_cases() -> list[Case]:
 
 SECTIONS: dict[str, tuple[Section, Callable[[], list[Case]]]] = {
     "random cases": (check_random, _check_cases),
+    "between products": (check_between, list),
     "switching": (check_switching, list),
     "8B, 1 token": (single_token("8B"), lambda: _single_cases("8B")),
+    "fused, 1 token": (single_token("fused"), lambda: _single_cases("fused")),
     "layer": (check_layer, list),
+    "sanitizer": (sanitized("random cases", "between products"), list),
     "prompts": (prompts, lambda: list(prompt_cases().values())),
     "eager": (eager, list),
     "3B, 1 token": (single_token("3B"), lambda: _single_cases("3B")),
@@ -87,7 +100,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="where the JSON file is written")
-    parser.add_argument("--seconds", type=float, default=420.0, help="time that may be taken")
+    parser.add_argument("--seconds", type=float, default=230.0, help="time that may be taken")
+    parser.add_argument("--cases", type=int, default=CASES, help="random cases to check")
     parser.add_argument("--only", choices=tuple(SECTIONS), nargs="+", help="some sections only")
     parser.add_argument(
         "--processes",
@@ -104,6 +118,7 @@ def main() -> None:
     for _, cases in chosen.values():
         compiler.submit(cases())
     run = Run("bench.gpu_kernels", options.out, options.seconds, compiler)
+    run.cases = options.cases
     try:
         run.section("bandwidth", bandwidth)
         for name, (measure, _) in chosen.items():

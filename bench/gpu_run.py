@@ -38,6 +38,7 @@ class Run:
         self._began = time.monotonic()
         self.found: dict[str, Any] = {"environment": environment(module), "section_seconds": {}}
         self.lines: list[str] = []
+        self.cases: int | None = None  # random cases to check, all if None
 
     @property
     def left_s(self) -> float:

@@ -56,7 +56,8 @@ def accelerate_decoding(model: Any, *, max_cache_len: int | None = None) -> Any:
     `generate` runs as before. `restore_decoding` undoes it. Raises `ConfigError` for a model that
     can't generate.
     """
-    if not isinstance(model, GenerationMixin):
+    generates = isinstance(model, GenerationMixin)
+    if not generates:
         raise ConfigError(
             f"a {type(model).__name__} has no `generate`, so there is no decoding to accelerate. "
             "Load the model with AutoModelForCausalLM."
@@ -109,7 +110,7 @@ class CapturedForward:
     def __call__(self, **inputs: Any) -> Any:
         """`model(**inputs)`."""
         names = [name for name, value in inputs.items() if isinstance(value, Cache)]
-        cache = inputs[names[0]] if names else None
+        cache: Any = inputs[names[0]] if names else None
         leaves, structure = pytree.tree_flatten({k: v for k, v in inputs.items() if k not in names})
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         rest = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
@@ -142,6 +143,8 @@ class CapturedForward:
 class _StepLayer(StaticLayer):
     """A static cache's layer in a captured step: where to write is said once for all layers."""
 
+    keys: Tensor
+    values: Tensor
     position: Tensor  # int64 [tokens]
 
     def update(

@@ -50,6 +50,10 @@ class Siblings:
             for part, view in zip(parts, whole.split(self.rows, dim), strict=True):
                 setattr(part, name, view)
             self.weight[name] = whole
+        # What was multiplied last, until all have taken their parts of it.
+        self._given: Tensor | None = None
+        self._version: int | None = None
+        self._ready: list[Tensor | None] = []
         self._forget()
         for part in parts:
             part.siblings = self
@@ -71,9 +75,8 @@ class Siblings:
         return made
 
     def _forget(self) -> None:
-        self._given: Tensor | None = None  # what was multiplied last, until all took their parts
-        self._version: int | None = None
-        self._ready: list[Tensor | None] = [None] * len(self.parts)
+        self._given, self._version = None, None
+        self._ready = [None] * len(self.parts)
 
     def _fits(self, x: Tensor) -> bool:
         tuned = torch.is_grad_enabled() and x.requires_grad

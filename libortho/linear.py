@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -255,7 +255,7 @@ class OrthoLinear(nn.Module):
                 return y
         return product.product(self, x)
 
-    def __setattr__(self, name: str, value: object) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         # What siblings share is no longer what this layer has.
         if name in LAID_TOGETHER and self.__dict__.get("siblings") is not None:
             self.__dict__["siblings"].part_ways()

@@ -12,6 +12,7 @@ the function that rotates queries and keys. Doesn't know the products.
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -50,7 +51,7 @@ def in_few_launches(model: Any) -> Iterator[None]:
             forward = _norm(module) or _gate(module)
             if forward is not None:
                 module.forward = forward
-                undo.append(lambda module=module: vars(module).pop("forward"))
+                undo.append(functools.partial(module.__dict__.pop, "forward"))
         undo += _attention(model)
         undo += _rotary(model)
         yield
