@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,9 @@ from bench import sanitizer
 from bench.decode_models import GEOMETRIES, bytes_per_token, random_model, why_not
 from bench.decode_timings import Conditions, decode, switching
 from bench.gpu_run import Run
+from bench.readme import FOLDER, KERNELS
+from bench.readme_kernels import decode_facts, decode_rows, kernel_facts, kernel_rows
+from bench.readme_texts import ENGLISH
 from libortho.fusion import fuse_projections
 
 CPU = torch.device("cpu")
@@ -98,3 +103,36 @@ def test_the_sanitizer_is_found_and_its_errors_counted(
         sanitizer.sanitized("random cases")(run, found)
         assert found["errors"] == errors
         assert time.monotonic() - began < 10
+
+
+def test_the_tables_of_the_readme_are_filled_from_a_rehearsal(run: Run) -> None:
+    for name, kind in (("8B ortho", "ortho"), ("8B nf4, eager", "nf4"), ("3B gemlite", "gemlite")):
+        run.section(name, functools.partial(decode, CONDITIONS, "tiny", kind=kind))
+    run.section("8B switching", functools.partial(switching, CONDITIONS, "tiny"))
+    run.found |= {"conditions": CONDITIONS.described(), "bandwidth": {"copy_gb_per_s": 100.0}}
+    run.write()
+    found = json.loads(run.out.read_text(encoding="utf-8"))
+    rows = decode_rows(found, ENGLISH)
+    measured = 2 if why_not("nf4") else 3
+    assert [row[0] for row in rows] == [
+        *("8B **alpha = 1**", "8B **alpha = 0**", "8B bitsandbytes NF4 as it is")
+    ][:measured]
+    assert rows[0][1] == f"{found['8B ortho']['tokens_per_s']:.1f}"
+    assert rows[0][2] == "–"  # the bandwidth came too late to be used
+    assert ENGLISH["decoding"].format(**decode_facts(found))
+
+
+def test_files_of_both_layouts_make_the_kernels_table() -> None:
+    old = json.loads((FOLDER / KERNELS).read_text(encoding="utf-8"))
+    case = old["8B, 1 token"]["q, o"]
+    new = {"random cases": {"checked": 4, "failures": []}} | {
+        key: old[key] for key in ("environment", "bandwidth", "3B, 1 token")
+    }
+    share = case.get("base_share_of_copy_bandwidth", case.get("base_share_of_copy"))
+    new["8B, 1 token"] = {
+        "q, o": {k: v for k, v in case.items() if "share" not in k} | {"base_share_of_copy": share},
+        "down": {"with_streams": [], "reason": "no candidate could be timed"},
+    }
+    assert kernel_facts(new)["checked"] == 4
+    assert kernel_rows(new)[0] == kernel_rows(old)[0]
+    assert len(kernel_rows(new)) == 1 + len(old["3B, 1 token"])
