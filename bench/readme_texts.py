@@ -133,8 +133,8 @@ CHINESE: Catalogue = {
     "fp16": "FP16，µs",
     "decoding": "{card} 上用 `generate` 解码（批大小 1，上下文 {context} 个 token）："
     "Llama 的真实形状与随机权重，{dtype}（torch {torch}，{date}；显存拷贝的速率为 {bandwidth} "
-    "GB/s）。推算值：按 RTX 4050 的 192 GB/s 取同样的占比，并未在其上测量。切换 alpha 用时 {switch} ms，"
-    "从下一个 token 起生效。",
+    "GB/s）。推算值：按 RTX 4050 的 192 GB/s 取同样的占比，并未在其上测量。"
+    "切换 alpha 用时 {switch} ms，从下一个 token 起生效。",
     "model": "模型",
     "tokens a second": "token/s",
     "first token": "首个 token，ms",
