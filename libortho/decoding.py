@@ -16,7 +16,7 @@ import logging
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from copy import copy, deepcopy
 from typing import Any
@@ -29,6 +29,7 @@ from transformers.cache_utils import StaticLayer
 
 from .errors import ConfigError
 from .fusion import fuse_projections
+from .greedy import GreedyLoop, advance, is_greedy
 from .linear import OrthoLinear
 from .shortcuts import in_few_launches
 
@@ -51,7 +52,9 @@ def accelerate_decoding(model: Any, *, max_cache_len: int | None = None) -> Any:
         longer call makes a larger one, and captures again
 
     From then on `generate` takes a static cache unless it is told otherwise, and everything else
-    it is told stays as it was. Of a separated model q, k and v, and gate and up, are multiplied
+    it is told stays as it was. Plain greedy search runs ahead of the host by a token (`greedy`); with
+    anything else asked for, a processor or a streamer, what is set between two tokens holds for the
+    very next one. Of a separated model q, k and v, and gate and up, are multiplied
     together (`fuse_projections`). alpha may be set at any time. Where there is no CUDA device,
     `generate` runs as before. `restore_decoding` undoes it. Raises `ConfigError` for a model that
     can't generate.
@@ -66,7 +69,7 @@ def accelerate_decoding(model: Any, *, max_cache_len: int | None = None) -> Any:
         fuse_projections(model)
     captured = CapturedForward(model)
     model.get_compiled_call = captured.get_compiled_call
-    model.generate = types.MethodType(_generate(max_cache_len), model)
+    model.generate = types.MethodType(_generate(captured, max_cache_len), model)
     return model
 
 
@@ -76,7 +79,9 @@ def restore_decoding(model: Any) -> None:
         vars(model).pop(name, None)
 
 
-def _generate(max_cache_len: int | None) -> Callable[..., Any]:
+def _generate(captured: CapturedForward, max_cache_len: int | None) -> Callable[..., Any]:
+    loop = GreedyLoop(captured)
+
     def generate(model: Any, *args: Any, **options: Any) -> Any:
         config = options.get("generation_config")
         chosen = getattr(config, "cache_implementation", None)
@@ -86,6 +91,8 @@ def _generate(max_cache_len: int | None) -> Callable[..., Any]:
             options["cache_implementation"] = "static"
             if max_cache_len is not None:
                 options.setdefault("max_cache_len", max_cache_len)
+            if is_greedy(model, options):
+                options["custom_generate"] = loop
         return type(model).generate(model, *args, **options)
 
     return generate
@@ -109,6 +116,11 @@ class CapturedForward:
 
     def __call__(self, **inputs: Any) -> Any:
         """`model(**inputs)`."""
+        step = self.step_for(inputs)
+        return self.model(**inputs) if step is None else step(inputs)
+
+    def step_for(self, inputs: dict[str, Any]) -> _Step | None:
+        """The captured step for such inputs, captured now if need be; None if it can't be."""
         names = [name for name, value in inputs.items() if isinstance(value, Cache)]
         cache: Any = inputs[names[0]] if names else None
         leaves, structure = pytree.tree_flatten({k: v for k, v in inputs.items() if k not in names})
@@ -116,7 +128,7 @@ class CapturedForward:
         rest = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
         constant = all(isinstance(leaf, _CONSTANTS) for leaf in rest)
         if not _is_plain(cache) or not constant or not isinstance(inputs.get("input_ids"), Tensor):
-            return self.model(**inputs)
+            return None
         key = (
             *(str(structure), repr(rest), self.model.training),
             *((t.shape, t.dtype, t.device) for t in (*tensors, cache.layers[0].keys)),
@@ -126,8 +138,7 @@ class CapturedForward:
             while len(self._steps) > _KEPT:
                 self._steps.popitem(last=False)
         self._steps.move_to_end(key)
-        step = self._steps[key]
-        return self.model(**inputs) if step is None else step(tensors, cache)
+        return self._steps[key]
 
     def _captured(self, inputs: dict[str, Any], cache_name: str) -> _Step | None:
         try:
@@ -166,7 +177,9 @@ class _Step:
         self._served: weakref.ref[Any] = weakref.ref(theirs)
         own = inputs | {cache_name: None}
         own = pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, own)
-        self._inputs = [leaf for leaf in pytree.tree_leaves(own) if isinstance(leaf, Tensor)]
+        self._inputs = _tensors(own)
+        self._named = own
+        self._advance: Callable[[], Any] | None = None
         own[cache_name] = self._cache
         tokens = inputs["input_ids"].shape[1]
         new = torch.arange(tokens, device=model.device)
@@ -189,17 +202,47 @@ class _Step:
         with in_few_launches(model) if tokens == 1 else nullcontext():
             self._replay, self._result = capture(forward, rewind)
 
-    def __call__(self, tensors: Sequence[Tensor], cache: Any) -> Any:
-        self._serve(cache)
-        torch._foreach_copy_(self._inputs, list(tensors))
-        self._replay()
+    def __call__(self, inputs: dict[str, Any]) -> Any:
+        """What the forward returns."""
+        self._run(inputs)
         # The next replay writes over the result, and callers may keep theirs.
         kept = {
             name: pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, value)
             for name, value in self._result.items()
             if name != self._cache_name
         }
-        return type(self._result)(**kept, **{self._cache_name: cache})
+        return type(self._result)(**kept, **{self._cache_name: inputs[self._cache_name]})
+
+    def _run(self, inputs: dict[str, Any]) -> None:
+        self._serve(inputs[self._cache_name])
+        torch._foreach_copy_(self._inputs, _tensors(inputs | {self._cache_name: None}))
+        self._replay()
+
+    # --- greedily, without the host ---------------------------------------------------------
+
+    def begin(self, inputs: dict[str, Any]) -> None:
+        """Run the forward, choose its most likely token, and make the inputs the next step's."""
+        if self._advance is None:
+            before = [tensor.clone() for tensor in self._inputs]
+            self._advance, _ = capture(
+                self._choose, lambda: torch._foreach_copy_(self._inputs, before)
+            )
+        self._run(inputs)
+        self._advance()
+
+    def again(self) -> None:
+        """The step after `begin`, or after `again`."""
+        assert self._advance is not None  # begun
+        self._replay()
+        self._advance()
+
+    def token(self) -> Tensor:
+        """What was chosen last, `[batch, 1]`."""
+        return self._named["input_ids"].clone()
+
+    def _choose(self) -> dict[str, Tensor]:
+        advance(self._named, self._result.logits[:, -1].float().argmax(-1, keepdim=True))
+        return {}
 
     def _serve(self, cache: Any) -> None:
         """Move a caller's cache to where the graph reads and writes one."""
@@ -240,6 +283,10 @@ def capture(
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = forward()
     return graph.replay, result
+
+
+def _tensors(inputs: dict[str, Any]) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
 
 
 def _is_plain(cache: object) -> bool:

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
-from transformers import CompileConfig
+from transformers import CompileConfig, GenerationConfig
 
 import libortho
 from libortho import decoding
 from libortho.decoding import accelerate_decoding, restore_decoding
 from libortho.errors import ConfigError
+from libortho.greedy import GreedyLoop, is_greedy
 from libortho.linear import OrthoLinear
 from tests.test_fusion import private_of
 
@@ -64,6 +65,64 @@ def plainly(model: Model, prompt: torch.Tensor = PROMPT, **options: Any) -> torc
         prompt,
         **({"max_new_tokens": 12, "do_sample": False, "eos_token_id": None} | options),
     )
+
+
+def loop(model: Model) -> GreedyLoop:
+    return GreedyLoop(model.get_compiled_call.__self__)
+
+
+@pytest.mark.parametrize("end", [None, [11, 250]])
+def test_the_greedy_loop_decodes_what_transformers_does(
+    end: list[int] | None, captures: list[int], tiny_model: Callable[..., Model]
+) -> None:
+    model = tiny_model()
+    prompt = torch.tensor([[0, 0, 5, 6], [9, 8, 7, 6]])
+    options: dict[str, Any] = {"attention_mask": torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])}
+    whole = plainly(model, prompt, **options)
+    if end is not None:  # the first sequence ends before the other
+        options["eos_token_id"] = [int(whole[0, 7]), int(whole[1, 11])]
+    expected = plainly(model, prompt, **options)
+    accelerate_decoding(model)
+    for _ in range(2):
+        made = generate(model, prompt, custom_generate=loop(model), **options)
+        assert made.tolist() == expected.tolist()
+    assert len(captures) == 2  # the forward, and the choice after it
+    assert generate(model, prompt, **options).tolist() == expected.tolist()
+    one = generate(model, prompt, custom_generate=loop(model), **(options | {"max_new_tokens": 1}))
+    assert one.tolist() == whole[:, :5].tolist()
+
+
+def test_the_greedy_loop_leaves_the_rest_to_transformers(
+    captures: list[int], separated_model: Callable[..., Model]
+) -> None:
+    model = private_of(separated_model())
+    options = {"repetition_penalty": 1.7, "max_new_tokens": 9}
+    expected = plainly(model, **options)
+    accelerate_decoding(model)
+    assert generate(model, custom_generate=loop(model), **options).tolist() == expected.tolist()
+    assert len(captures) == 1
+    for given, greedy in (
+        ({}, True),
+        ({"do_sample": True}, False),
+        ({"num_beams": 2}, False),
+        ({"return_dict_in_generate": True}, False),
+        ({"streamer": object()}, False),
+        ({"generation_config": GenerationConfig(do_sample=True)}, False),
+    ):
+        assert is_greedy(model, given) is greedy, given
+
+
+def test_the_greedy_loop_runs_uncaptured_too(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[..., Model]
+) -> None:
+    def capture(*_: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(decoding, "capture", capture)
+    model = tiny_model()
+    expected = plainly(model)
+    accelerate_decoding(model)
+    assert generate(model, custom_generate=loop(model)).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("separated", [True, False])
