@@ -52,10 +52,9 @@ def accelerate_decoding(model: Any, *, max_cache_len: int | None = None) -> Any:
         longer call makes a larger one, and captures again
 
     From then on `generate` takes a static cache unless it is told otherwise, and everything else
-    it is told stays as it was. Plain greedy search runs ahead of the host by a token (`greedy`); with
-    anything else asked for, a processor or a streamer, what is set between two tokens holds for the
-    very next one. Of a separated model q, k and v, and gate and up, are multiplied
-    together (`fuse_projections`). alpha may be set at any time. Where there is no CUDA device,
+    it is told stays as it was. Of a separated model q, k and v, and gate and up, are multiplied
+    together (`fuse_projections`). alpha may be set at any time: set between two tokens, by a
+    processor or a streamer, it holds for the very next one. Where there is no CUDA device,
     `generate` runs as before. `restore_decoding` undoes it. Raises `ConfigError` for a model that
     can't generate.
     """

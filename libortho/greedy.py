@@ -122,8 +122,7 @@ class _Watch:
         self._ended = [False] * like.shape[0]
         self._on_card = like.device.type == "cuda"
         self._seen = [
-            torch.zeros(like.shape[0], dtype=like.dtype, pin_memory=self._on_card)
-            for _ in range(2)
+            torch.zeros(like.shape[0], dtype=like.dtype, pin_memory=self._on_card) for _ in range(2)
         ]
         self._copied = [torch.cuda.Event() for _ in range(2)] if self._on_card else []
         self._count = 0
