@@ -30,7 +30,7 @@ from .separation import separate
 from .tuning import tune_private
 
 _SEPARATING = ("calibration", "lattice", "linear", "precision", "separation", "stream", "windows")
-_TUNING = ("product", "scoring", "training", "tuning")
+_TUNING = ("kernels/op", "product", "scoring", "training", "tuning")
 """Modules whose text is part of the keys."""
 
 
