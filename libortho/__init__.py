@@ -13,9 +13,7 @@ from .artifact import base_fingerprint, export_base, load, save
 from .card import model_card
 from .config import SeparationConfig, TuningConfig
 from .corpora import Corpus, load_corpus
-from .decoding import accelerate_decoding, restore_decoding
 from .errors import OrthoError
-from .fusion import fuse_projections, unfuse_projections
 from .hf import OrthoConfig
 from .linear import OrthoLinear
 from .models import load_model
@@ -36,13 +34,11 @@ __all__ = [
     "SeparationConfig",
     "TuningConfig",
     "TuningReport",
-    "accelerate_decoding",
     "alpha",
     "base_fingerprint",
     "bits_per_linear_weight",
     "dense_weights",
     "export_base",
-    "fuse_projections",
     "get_alpha",
     "load",
     "load_corpus",
@@ -50,10 +46,8 @@ __all__ = [
     "load_records",
     "make_default_records",
     "model_card",
-    "restore_decoding",
     "save",
     "separate",
     "set_alpha",
     "tune_private",
-    "unfuse_projections",
 ]

@@ -5,6 +5,9 @@ running them. `generate` with a static cache asks the model for a compiled form 
 (`get_compiled_call`); here that is the model's own forward, captured once. It takes a fraction of a
 second and not the minute of a compiler, and gives the very results of the plain forward.
 
+Experimental: its bookkeeping is tested with a stand-in for the graph. On a card an early form of it
+wrote past the end of a cache, and the present form has not run there.
+
 Knows transformers' caches and what a model is called with. Doesn't know what the model computes,
 nor which layers it has: a model that libortho never saw is captured as well. What a separated
 model's alpha is, a replay reads from the device.
