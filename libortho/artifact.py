@@ -33,7 +33,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from . import card, hub, layout
-from .config import SeparationConfig
+from .config import NO_LATTICE, SeparationConfig
+from .embedding import empty_embeddings
 from .errors import ArtifactError
 from .files import atomic_folder, atomic_write_text
 from .layout import (
@@ -101,6 +102,8 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu") -> tuple[Any
         dtype = torch.float32 if weight is None else weight.dtype
         layer = layout.empty_layer(name, linear, separation, tensors, private, dtype=dtype)
         replace_module(model, name, layer)
+    if separation.head_bits != NO_LATTICE:
+        empty_embeddings(model, getattr(torch, manifest["dtype"]))
     layout.check_tensors(model, tensors, private, folder)
     model.load_state_dict(tensors, strict=False, assign=True)
     layout.finish_layers(ortho_layers(model), private, folder)

@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from . import stream
 from .artifact import mark
 from .calibration import hessian_diagonal
 from .config import NO_LATTICE, SeparationConfig
+from .embedding import check_embeddings, pack_embeddings
 from .errors import SeparationError, ShapeError
 from .lattice import check_weight
 from .linear import OrthoLinear
@@ -32,6 +34,8 @@ def separate(
 ) -> Any:
     """Replace every linear layer but the output head by an `OrthoLinear`, in place.
 
+    With `config.head_bits` 8 embedding and head become a lattice as well (see `embedding`).
+
     calibration: public documents; diag(H) is estimated on windows spread evenly over them (not
         read if the recipe neither searches ranges nor has a residual)
     config: the recipe; the defaults if None
@@ -47,15 +51,15 @@ def separate(
         raise SeparationError("this model is separated already; load the original to do it anew.")
     layers = linear_layers(model)
     for name, layer in layers.items():
-        try:
-            check_weight(layer.weight.detach(), f"{name}.weight")
-        except ShapeError as error:
-            raise SeparationError(str(error)) from error
+        _check(layer.weight.detach(), f"{name}.weight")
         if layer.in_features > stream.MAX_COLUMNS:
             raise SeparationError(
                 f"{name} has {layer.in_features} inputs and a stream addresses at most "
                 f"{stream.MAX_COLUMNS}, with 16-bit columns. This model can't be separated."
             )
+    if config.head_bits != NO_LATTICE:
+        for kind, module in zip(("embedding", "head"), check_embeddings(model), strict=True):
+            _check(module.weight.detach(), f"the {kind}")
     if config.bits != NO_LATTICE and (config.search or config.residual_density):
         windows = token_windows(
             tokenizer,
@@ -77,5 +81,14 @@ def separate(
             search=config.search,
         )
         replace_module(model, name, separated)
+    if config.head_bits != NO_LATTICE:
+        pack_embeddings(model)
     mark(model, config, tokenizer)
     return model
+
+
+def _check(weight: Tensor, name: str) -> None:
+    try:
+        check_weight(weight, name)
+    except ShapeError as error:
+        raise SeparationError(str(error)) from error

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from .embedding import packed_heads
 from .errors import SeparationError
 from .linear import OrthoLinear, set_alphas
 
@@ -55,12 +56,12 @@ def alpha(model: nn.Module, value: float) -> Iterator[nn.Module]:
 
 @contextmanager
 def dense_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
-    """Run a block with every composed weight held in memory, in `dtype`.
+    """Run a block with every composed weight, and a packed head, held in memory, in `dtype`.
 
     Trades memory (a dense model's) for time: nothing is unpacked again for each call. Results are
     those of the packed layers on inputs of that dtype. alpha can be switched inside.
     """
-    layers = ortho_layers(model).values()
+    layers = [*ortho_layers(model).values(), *packed_heads(model)]
     before = {layer: layer.held_dtype for layer in layers}
     try:
         for layer in layers:
