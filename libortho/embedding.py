@@ -51,9 +51,7 @@ class _PackedRows(nn.Module):
     @property
     def lattice(self) -> Lattice:
         """The matrix."""
-        return Lattice(
-            self.packed, self.scales, self.zeros, BITS, GROUP_SIZE, self.packed.shape[1]
-        )
+        return Lattice(self.packed, self.scales, self.zeros, BITS, GROUP_SIZE, self.packed.shape[1])
 
     def rows(self, indices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Some rows `[len(indices), columns]`, by int64 indices `[n]` on the matrix's device."""
@@ -202,7 +200,9 @@ class PackedHead(_PackedRows):
 
     def extra_repr(self) -> str:
         tied = ", tied to the embedding" if self._tied_to else ""
-        return f"in_features={self.in_features}, out_features={self.out_features}, bits={BITS}{tied}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={BITS}{tied}"
+        )
 
 
 def _multiply(x: Tensor, lattice: Lattice, bias: Tensor | None) -> Tensor:

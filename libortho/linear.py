@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from . import product, stream
 from .config import NO_LATTICE
 from .errors import ShapeError
-from .lattice import check_weight, dequantize, groups_per_row, quantize
+from .lattice import check_weight, dequantize, groups_per_row
+from .split import split
 
 _STORED = ("scales", "zeros", "residual_values", "private_values", "alpha")
 """Buffers whose dtype is part of the format: `model.to(torch.bfloat16)` must not round them."""
@@ -99,12 +100,9 @@ class OrthoLinear(nn.Module):
         importance: Tensor,
         search: bool = True,
     ) -> OrthoLinear:
-        """Separate one layer into base and residual.
+        """Separate one layer into base and residual, as `split.split` does.
 
         importance: float `[in]`, diag(H) of the layer's inputs on public text
-
-        The residual takes the entries of the largest `r**2 * diag(H)`, r being the base's error;
-        the range is then fitted again without them, and they are held to float16's precision.
         """
         weight = linear.weight.detach()
         check_weight(weight)
@@ -125,25 +123,16 @@ class OrthoLinear(nn.Module):
         if bits == NO_LATTICE:
             layer.weight = weight.clone()
             return layer
-        full = weight.float()
-        lattice = quantize(
-            full, bits=bits, group_size=group_size, importance=importance, search=search
+        lattice, columns, values = split(
+            weight,
+            bits=bits,
+            group_size=group_size,
+            slots=slots,
+            importance=importance,
+            search=search,
         )
-        if slots:
-            scores = (full - dequantize(lattice)).square() * importance.float()
-            columns = stream.select(scores, slots)
-            if search:
-                lattice = quantize(
-                    full,
-                    bits=bits,
-                    group_size=group_size,
-                    importance=importance,
-                    excluded=stream.mask(columns, in_features),
-                )
-            layer.residual_columns = columns
-            error = stream.gather(full - dequantize(lattice), columns)
-            layer.residual_values = error.to(torch.float16)
         layer.packed, layer.scales, layer.zeros = lattice.packed, lattice.scales, lattice.zeros
+        layer.residual_columns, layer.residual_values = columns, values
         return layer
 
     # --- weights -------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import stream
@@ -51,35 +51,19 @@ def separate(
         raise SeparationError("this model is separated already; load the original to do it anew.")
     layers = linear_layers(model)
     for name, layer in layers.items():
-        _check(layer.weight.detach(), f"{name}.weight")
-        if layer.in_features > stream.MAX_COLUMNS:
-            raise SeparationError(
-                f"{name} has {layer.in_features} inputs and a stream addresses at most "
-                f"{stream.MAX_COLUMNS}, with 16-bit columns. This model can't be separated."
-            )
+        check_finite(layer.weight.detach(), f"{name}.weight")
+        check_width(layer, name)
     if config.head_bits != NO_LATTICE:
         for kind, module in zip(("embedding", "head"), check_embeddings(model), strict=True):
-            _check(module.weight.detach(), f"the {kind}")
-    if config.bits != NO_LATTICE and (config.search or config.residual_density):
-        windows = token_windows(
-            tokenizer,
-            calibration,
-            count=config.calibration_tokens // config.calibration_window,
-            length=config.calibration_window,
-        )
+            check_finite(module.weight.detach(), f"the {kind}")
+    windows = calibration_windows(tokenizer, calibration, config)
+    if windows is not None:
         with evaluating(model):
             importance = hessian_diagonal(model, layers, windows)
     else:  # nothing in this recipe weighs errors
         importance = {n: torch.ones_like(la.weight[0]) for n, la in layers.items()}
     for name in tqdm(list(layers), desc="separating", unit="layer", disable=None, leave=False):
-        separated = OrthoLinear.from_linear(
-            layers.pop(name),
-            bits=config.bits,
-            group_size=config.group_size,
-            residual_density=config.residual_density,
-            importance=importance.pop(name),
-            search=config.search,
-        )
+        separated = separated_layer(layers.pop(name), config, importance.pop(name))
         replace_module(model, name, separated)
     if config.head_bits != NO_LATTICE:
         pack_embeddings(model)
@@ -87,7 +71,46 @@ def separate(
     return model
 
 
-def _check(weight: Tensor, name: str) -> None:
+def separated_layer(layer: nn.Linear, config: SeparationConfig, importance: Tensor) -> OrthoLinear:
+    """One layer as a recipe says; importance: float `[in]`, diag(H) of its inputs."""
+    return OrthoLinear.from_linear(
+        layer,
+        bits=config.bits,
+        group_size=config.group_size,
+        residual_density=config.residual_density,
+        importance=importance,
+        search=config.search,
+    )
+
+
+def calibration_windows(
+    tokenizer: Any, calibration: Sequence[str], config: SeparationConfig
+) -> Tensor | None:
+    """The windows that a recipe calibrates on, int64 `[count, length]`; None if it weighs nothing.
+
+    Raises `CorpusError` if the text is too short.
+    """
+    if config.bits == NO_LATTICE or not (config.search or config.residual_density):
+        return None
+    return token_windows(
+        tokenizer,
+        calibration,
+        count=config.calibration_tokens // config.calibration_window,
+        length=config.calibration_window,
+    )
+
+
+def check_width(layer: nn.Linear, name: str) -> None:
+    """Raise `SeparationError` if a layer has more inputs than a stream can address."""
+    if layer.in_features > stream.MAX_COLUMNS:
+        raise SeparationError(
+            f"{name} has {layer.in_features} inputs and a stream addresses at most "
+            f"{stream.MAX_COLUMNS}, with 16-bit columns. This model can't be separated."
+        )
+
+
+def check_finite(weight: Tensor, name: str) -> None:
+    """Raise `SeparationError` unless a weight can be separated."""
     try:
         check_weight(weight, name)
     except ShapeError as error:

@@ -42,7 +42,9 @@ class Bench:
     cache: Path
     text: list[str]
     recipe: SeparationConfig
-    calls: dict[str, int] = field(default_factory=lambda: {"separate": 0, "tune_private": 0})
+    calls: dict[str, int] = field(
+        default_factory=lambda: {"separate_checkpoint": 0, "tune_private": 0}
+    )
 
     def separated(
         self,
