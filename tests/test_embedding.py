@@ -11,7 +11,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, Gemma3Config, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaForCausalLM,
+)
 
 import libortho
 from libortho import OrthoConfig, base_fingerprint, export_base, load, save
@@ -132,12 +137,8 @@ def _spoil(module: nn.Module) -> None:
 
 
 def test_an_embedding_that_scales_is_refused(tokenizer: Any) -> None:
-    from transformers import Gemma3ForCausalLM  # noqa: PLC0415
-
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 8}
-    config = Gemma3Config().text_config.__class__(
-        **sizes, vocab_size=40, num_attention_heads=4, num_key_value_heads=2
-    )
+    config = Gemma3TextConfig(**sizes, vocab_size=40, num_attention_heads=4, num_key_value_heads=2)
     recipe = SeparationConfig(head_bits=8, search=False, residual_density=0.0)
     with pytest.raises(SeparationError, match="head_bits=16"):
         separate(Gemma3ForCausalLM(config), tokenizer, [], config=recipe)

@@ -75,8 +75,8 @@ def _add_separate(commands: Commands) -> None:
             "separate ./my-llama ./base --corpus notes.txt --group-size 128",
             "separate llama-3-8b ./base --group-size 128 --head-bits 8",
         ),
-        more="Sees public text only. `tune` then adds the private stream. The model is read from its "
-        "files block by block and is never whole in memory.",
+        more="Sees public text only. `tune` then adds the private stream. The model is read "
+        "from its files block by block and is never whole in memory.",
     )
     parser.add_argument("model", help="registry name, hub id or folder")
     parser.add_argument("out", type=Path, help="folder to write; must not exist")
