@@ -252,13 +252,7 @@ def _write(model: Any, folder: str | Path, *, private: bool) -> Path:
                     for name, layer in layers.items()
                     for kind in PRIVATE_BUFFERS
                 }
-                save_file(entries, unfinished / PRIVATE_FILE, {"format": "pt"})
-                manifest = {
-                    "format_version": FORMAT_VERSION,
-                    "base_fingerprint": fingerprint,
-                    "files": layout.hashes_of(unfinished, (PRIVATE_FILE,)),
-                }
-                _write_json(unfinished / PRIVATE_MANIFEST, manifest)
+                write_private(unfinished, entries, fingerprint)
     except (OSError, SafetensorError) as error:
         needed = sum(t.numel() * t.element_size() for t in tensors.values()) >> 20
         free = shutil.disk_usage(_existing_parent(folder)).free >> 20
@@ -297,6 +291,17 @@ def describe(
     _write_json(folder / BASE_MANIFEST, manifest)
     atomic_write_text(folder / card.CARD_FILE, card.render(manifest, config))
     return fingerprint
+
+
+def write_private(folder: Path, entries: Mapping[str, Tensor], fingerprint: str) -> None:
+    """Put a private stream, tensors by name, beside the base with that fingerprint."""
+    save_file(dict(entries), folder / PRIVATE_FILE, {"format": "pt"})
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "base_fingerprint": fingerprint,
+        "files": layout.hashes_of(folder, (PRIVATE_FILE,)),
+    }
+    _write_json(folder / PRIVATE_MANIFEST, manifest)
 
 
 def _config_of(model: Any) -> dict[str, Any]:
