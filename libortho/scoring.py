@@ -15,6 +15,11 @@ from torch import Tensor
 
 from .records import EncodedRecord
 
+_LOGITS_AS_ONE = 1 << 25
+"""Logits that may be taken together: 320 MiB with their logarithms, more than SmolLM2's window."""
+_LOGITS_IN_PARTS = 1 << 22
+"""Logits in a part where there are more: 40 MiB. A large model on a small card needs the rest."""
+
 
 class SecretLogits(NamedTuple):
     """Predictions at every secret token of a batch, and nowhere else.
@@ -127,8 +132,19 @@ def window_losses(model: Any, windows: Tensor) -> Tensor:
     A window's first token has nothing before it and is not scored: length - 1 tokens are.
     """
     windows = windows.to(model.device)
-    logits = model.get_output_embeddings()(hidden_states(model, windows)[:, :-1])
-    losses = F.cross_entropy(
-        logits.float().flatten(0, 1), windows[:, 1:].flatten(), reduction="none"
-    )
-    return losses.view(windows.shape[0], -1).mean(1)
+    head = model.get_output_embeddings()
+    hidden = hidden_states(model, windows)[:, :-1].flatten(0, 1)  # [count * (length - 1), hidden]
+    targets = windows[:, 1:].flatten()
+    step = positions_at_once(len(targets), head.out_features)
+    losses = [
+        F.cross_entropy(head(states).float(), wanted, reduction="none")
+        for states, wanted in zip(hidden.split(step), targets.split(step), strict=True)
+    ]
+    return torch.cat(losses).view(windows.shape[0], -1).mean(1)
+
+
+def positions_at_once(positions: int, vocabulary: int) -> int:
+    """Positions whose logits are taken together: all of them, or few if all would be too large."""
+    if positions * vocabulary <= _LOGITS_AS_ONE:
+        return positions
+    return max(1, _LOGITS_IN_PARTS // vocabulary)
