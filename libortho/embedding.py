@@ -10,7 +10,9 @@ kernel that reads the lattice, more of them with a part of the rows at a time.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,8 +58,13 @@ class _PackedRows(nn.Module):
     def rows(self, indices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Some rows `[len(indices), columns]`, by int64 indices `[n]` on the matrix's device."""
         whole = self.lattice
-        some = (t.index_select(0, indices) for t in (whole.packed, whole.scales, whole.zeros))
-        return dequantize(Lattice(*some, BITS, GROUP_SIZE, whole.in_features), dtype)
+        some = replace(
+            whole,
+            packed=whole.packed.index_select(0, indices),
+            scales=whole.scales.index_select(0, indices),
+            zeros=whole.zeros.index_select(0, indices),
+        )
+        return dequantize(some, dtype)
 
     def storage_bits(self) -> int:
         """Bits that the module takes in storage; none for a head that is tied."""
@@ -223,7 +230,8 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (grad,) = grads
         parts = op.dense_parts(ctx.lattice, grad.dtype)
-        return sum(grad[..., rows] @ weight for rows, weight in parts), None, None
+        products = (grad[..., rows] @ weight for rows, weight in parts)
+        return functools.reduce(Tensor.add_, products), None, None
 
 
 # --- a model's pair ------------------------------------------------------------------------------

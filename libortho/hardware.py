@@ -247,11 +247,11 @@ def free_bytes(device: str | torch.device) -> int:
     if torch.device(device).type != "cuda":
         return _host_memory()[1]
     index = torch.device(device).index
-    device = torch.cuda.current_device() if index is None else index
-    free, total = torch.cuda.mem_get_info(device)
-    allocated = torch.cuda.memory_allocated(device)
-    unused = torch.cuda.memory_reserved(device) - allocated
-    cap = total * torch.cuda.get_per_process_memory_fraction(device)
+    index = torch.cuda.current_device() if index is None else index
+    free, total = torch.cuda.mem_get_info(index)
+    allocated = torch.cuda.memory_allocated(index)
+    unused = torch.cuda.memory_reserved(index) - allocated
+    cap = total * torch.cuda.get_per_process_memory_fraction(index)
     return max(0, min(free + unused, int(cap) - allocated))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,7 +23,9 @@ def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
     originals = [
         (p, p.data) for p in model.parameters() if p.is_floating_point() and p.dtype != dtype
     ]
-    sources = [(m, m.activation_dtype) for m in model.modules() if hasattr(m, "activation_dtype")]
+    sources: list[tuple[Any, Any]] = [
+        (m, m.activation_dtype) for m in model.modules() if hasattr(m, "activation_dtype")
+    ]
     try:
         for parameter, data in originals:
             parameter.data = data.to(dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -250,6 +251,8 @@ def choose(
     strict: bool = False,
     *,
     head_bits: int | None = None,
+    sequence_length: int = 512,
+    batch_size: int = 1,
     host_gib: float | None = None,
     host_bytes_per_parameter: int = 2,
 ) -> Choice:
@@ -270,7 +273,12 @@ def choose(
         return _choose_on_host(entry, available, bits, strict, head_bits, host_bytes_per_parameter)
     _refuse_hopeless(entry, card_total_gib, "the card")
     usable = usable_on_card(card_total_gib)
-    fit = fits(entry, usable, bits, head_bits=head_bits)
+    run: dict[str, Any] = {
+        "sequence_length": sequence_length,
+        "batch_size": batch_size,
+        "head_bits": head_bits,
+    }
+    fit = fits(entry, usable, bits, **run)
     if fit.ok:
         return Choice(entry, fit.recipe, _named(entry, fit.recipe, head_bits))
     if card_total_gib >= FOUR_BIT_BELOW_GIB:
@@ -278,7 +286,7 @@ def choose(
     notes: list[str] = []
     if bits > 4:
         notes.append(f"{fit.reason} Taken to 4 bits.")
-        fit = fits(entry, usable, 4, head_bits=head_bits)
+        fit = fits(entry, usable, 4, **run)
         if fit.ok:
             return Choice(entry, fit.recipe, (*notes, *_named(entry, fit.recipe, head_bits)))
     other = largest_that_fits(usable, 4)

@@ -54,8 +54,9 @@ def separate(
         check_finite(layer.weight.detach(), f"{name}.weight")
         check_width(layer, name)
     if config.head_bits != NO_LATTICE:
-        for kind, module in zip(("embedding", "head"), check_embeddings(model), strict=True):
-            check_finite(module.weight.detach(), f"the {kind}")
+        embedding, head = check_embeddings(model)
+        check_finite(embedding.weight.detach(), "the embedding")
+        check_finite(head.weight.detach(), "the head")
     windows = calibration_windows(tokenizer, calibration, config)
     if windows is not None:
         with evaluating(model):

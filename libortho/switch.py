@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .embedding import packed_heads
+from .embedding import PackedHead, packed_heads
 from .errors import SeparationError
 from .linear import OrthoLinear, set_alphas
 
@@ -61,7 +61,7 @@ def dense_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
     Trades memory (a dense model's) for time: nothing is unpacked again for each call. Results are
     those of the packed layers on inputs of that dtype. alpha can be switched inside.
     """
-    layers = [*ortho_layers(model).values(), *packed_heads(model)]
+    layers: list[OrthoLinear | PackedHead] = [*ortho_layers(model).values(), *packed_heads(model)]
     before = {layer: layer.held_dtype for layer in layers}
     try:
         for layer in layers:
