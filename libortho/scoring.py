@@ -15,10 +15,9 @@ from torch import Tensor
 
 from .records import EncodedRecord
 
-_LOGITS_AS_ONE = 1 << 25
-"""Logits that may be taken together: 320 MiB with their logarithms, more than SmolLM2's window."""
-_LOGITS_IN_PARTS = 1 << 22
-"""Logits in a part where there are more: 40 MiB. A large model on a small card needs the rest."""
+LOGITS_AT_ONCE = 1 << 23
+"""Logits that are scored together, 80 MiB with their logarithms. A 6 GB card has little more to
+spare beside an 8B model, and a product with fewer positions would be slower."""
 
 
 class SecretLogits(NamedTuple):
@@ -144,7 +143,5 @@ def window_losses(model: Any, windows: Tensor) -> Tensor:
 
 
 def positions_at_once(positions: int, vocabulary: int) -> int:
-    """Positions whose logits are taken together: all of them, or few if all would be too large."""
-    if positions * vocabulary <= _LOGITS_AS_ONE:
-        return positions
-    return max(1, _LOGITS_IN_PARTS // vocabulary)
+    """How many of the positions have their logits taken together."""
+    return max(1, min(positions, LOGITS_AT_ONCE // vocabulary))
