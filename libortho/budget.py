@@ -153,7 +153,8 @@ def logits_bytes(entry: ModelEntry, tokens: int, head_bits: int) -> int:
 
     And of the part of a packed head that is dense meanwhile.
     """
-    part = 0 if head_bits == NO_LATTICE else PART_ELEMENTS * 2
+    head = entry.vocab_size * entry.hidden_size
+    part = 0 if head_bits == NO_LATTICE else min(PART_ELEMENTS, head) * 2
     return positions_at_once(tokens, entry.vocab_size) * entry.vocab_size * (2 + 4 + 4) + part
 
 

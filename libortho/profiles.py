@@ -239,9 +239,17 @@ def host_fit(entry: ModelEntry, host_gib: float, bytes_per_parameter: int = 2) -
     return Fit(ok, needed, usable, f"{reason}: it {'fits' if ok else 'does not fit'}.", recipe)
 
 
-def largest_that_fits(usable_gib: float, bits: int) -> ModelEntry | None:
+def largest_that_fits(
+    usable_gib: float, bits: int, head_bits: int | None = None
+) -> ModelEntry | None:
     """The registry's model of most parameters that fits in that much card memory, if any does."""
-    return _largest([entry for entry in REGISTRY.values() if fits(entry, usable_gib, bits).ok])
+    return _largest(
+        [
+            entry
+            for entry in REGISTRY.values()
+            if fits(entry, usable_gib, bits, head_bits=head_bits).ok
+        ]
+    )
 
 
 def choose(
@@ -289,12 +297,12 @@ def choose(
         fit = fits(entry, usable, 4, **run)
         if fit.ok:
             return Choice(entry, fit.recipe, (*notes, *_named(entry, fit.recipe, head_bits)))
-    other = largest_that_fits(usable, 4)
+    other = largest_that_fits(usable, 4, head_bits)
     if strict or other is None:
         raise HardwareError(f"{fit.reason} {_alternatives(entry, usable, 4)}")
     notes.append(f"{fit.reason} Replaced by {other.name}, the largest registry model that fits.")
-    recipe = fits(other, usable, 4).recipe
-    return Choice(other, recipe, (*notes, *_named(other, recipe, None)))
+    recipe = fits(other, usable, 4, **run).recipe
+    return Choice(other, recipe, (*notes, *_named(other, recipe, head_bits)))
 
 
 def _named(entry: ModelEntry, recipe: RunRecipe, head_bits: int | None) -> tuple[str, ...]:
