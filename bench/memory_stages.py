@@ -162,6 +162,7 @@ def separate(job: Job) -> dict[str, Any]:
         )
     found["cap"] = note
     found["bits_per_linear_weight"] = report.bits_per_linear_weight
+    found["bits_per_weight"] = report.bits_per_weight
     outline, _ = outline_model(resolve_model(job.plain))
     artifact.write_private(job.separated, _private(outline, job.device), report.base_fingerprint)
     return found

@@ -45,7 +45,7 @@ from .separation import (
     separated_layer,
 )
 from .shards import Shards
-from .switch import bits_per_linear_weight
+from .switch import bits_per_linear_weight, bits_per_weight
 from .tensorfile import TensorFile
 
 
@@ -54,12 +54,14 @@ class SeparationReport:
     """What a separation from disk to disk made, and how long it took.
 
     streamed: the model was never whole in memory
-    bits_per_linear_weight: stored bits over weights, base and residual
+    bits_per_linear_weight: stored bits over weights of the separated layers, base and residual
+    bits_per_weight: the same with embedding and head
     """
 
     folder: Path
     base_fingerprint: str
     bits_per_linear_weight: float
+    bits_per_weight: float
     seconds: float
     streamed: bool
 
@@ -104,9 +106,7 @@ def separate_shards(
         tensors = layout.read_tensors(path)
         fingerprint = artifact.describe(unfinished, outline, tensors, config, tokenizer)
         del tensors
-    return SeparationReport(
-        out, fingerprint, bits_per_linear_weight(outline), time.perf_counter() - began, True
-    )
+    return _report(out, fingerprint, outline, began, streamed=True)
 
 
 def separate_checkpoint(
@@ -126,12 +126,19 @@ def separate_checkpoint(
     whole, tokenizer = load_model(resolved, device=device)
     separate(whole, tokenizer, calibration, config=config)
     artifact.save(whole, out)
+    return _report(Path(out), artifact.base_fingerprint(whole), whole, began, streamed=False)
+
+
+def _report(
+    folder: Path, fingerprint: str, model: Any, began: float, *, streamed: bool
+) -> SeparationReport:
     return SeparationReport(
-        Path(out),
-        artifact.base_fingerprint(whole),
-        bits_per_linear_weight(whole),
+        folder,
+        fingerprint,
+        bits_per_linear_weight(model),
+        bits_per_weight(model),
         time.perf_counter() - began,
-        False,
+        streamed,
     )
 
 

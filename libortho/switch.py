@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .embedding import PackedHead, packed_heads
+from .embedding import PackedEmbedding, PackedHead, packed_heads
 from .errors import SeparationError
 from .linear import OrthoLinear, set_alphas
 
@@ -80,3 +80,21 @@ def bits_per_linear_weight(model: nn.Module, *, private: bool = True) -> float:
     layers = ortho_layers(model).values()
     bits = sum(layer.storage_bits(private=private) for layer in layers)
     return bits / sum(layer.in_features * layer.out_features for layer in layers)
+
+
+def bits_per_weight(model: nn.Module, *, private: bool = True) -> float:
+    """The same of the whole model: separated layers, embedding and head; norms are left out."""
+    layers = ortho_layers(model).values()
+    bits = sum(layer.storage_bits(private=private) for layer in layers)
+    count = sum(layer.in_features * layer.out_features for layer in layers)
+    for module in model.modules():
+        if isinstance(module, (PackedEmbedding, PackedHead)):
+            bits += module.storage_bits()
+            # A tied head stores nothing and is the embedding's weights once more.
+            stored = module.state_dict().get("packed")
+            count += 0 if stored is None else stored.numel()
+    for parameter in model.parameters():  # a tied one comes once
+        if parameter.dim() > 1:
+            bits += 8 * parameter.numel() * parameter.element_size()
+            count += parameter.numel()
+    return bits / count

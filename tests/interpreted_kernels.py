@@ -7,6 +7,7 @@ and PyTorch imports it early. `test_kernels` runs this file in a process of its 
 from __future__ import annotations
 
 import os
+from unittest.mock import patch
 
 import torch
 from hypothesis import given, settings
@@ -14,9 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from libortho import stream
+from libortho.kernels import op
 from libortho.kernels.compose import compose
-from libortho.kernels.configs import DecodeConfig
+from libortho.kernels.configs import DecodeConfig, Shape, word_layout
 from libortho.kernels.decode import decode
+from libortho.kernels.dispatch import Backend
 from libortho.lattice import PER_ROW, Lattice, dequantize, quantize
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run tests/test_kernels.py instead"
@@ -188,3 +191,29 @@ def test_float32_masters_of_a_stream_in_tuning_are_read() -> None:
     operands = lattice, residual, (columns, values.float() + 1e-6), torch.tensor(1.0)
     made = compose(*operands, torch.float32)
     torch.testing.assert_close(made.double(), reference(operands), rtol=1e-6, atol=1e-7)
+
+
+@some
+@given(operands(), configs, st.integers(1, 20), st.sampled_from([torch.float16, torch.bfloat16]))
+def test_a_bare_lattice_is_multiplied_without_streams(
+    given: Operands, config: DecodeConfig, tokens: int, dtype: torch.dtype
+) -> None:
+    """What the packed head does on a card: the decode kernel, or dense rows part by part."""
+    lattice, *_ = given
+    x = torch.randn(tokens, lattice.in_features, generator=torch.Generator().manual_seed(0))
+    x = x.to(dtype)
+    weight = dequantize(lattice, torch.float64)
+    layout = word_layout(Shape.of(lattice), config.words)
+    few = layout is not None and tokens <= 8 and config.rows * tokens <= 64
+    composing = "dequantize" if word_layout(Shape.of(lattice), 1) is None else "triton-compose"
+    with (
+        patch.object(op, "choose", lambda *_: Backend("triton-decode" if few else composing, "")),
+        patch.object(op, "composer", lambda *_: Backend(composing, "")),
+        patch.object(op.autotune, "config_for", lambda *_: config),
+        patch.object(op, "PART_ELEMENTS", 3 * lattice.in_features),
+    ):
+        tensors = lattice.packed, lattice.scales, lattice.zeros
+        form = lattice.bits, lattice.group_size, lattice.in_features
+        y = op.lattice_product(x, *tensors, None, *form)
+    assert y.shape == (tokens, lattice.packed.shape[0])
+    assert_close(y, x.double() @ weight.t(), x, weight)

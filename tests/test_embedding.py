@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import attack_models
 import pytest
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from transformers import (
 
 import libortho
 from libortho import OrthoConfig, base_fingerprint, export_base, load, save
+from libortho.attacks import GuidedDecoding, LogitLens, Relearning, run_attacks
 from libortho.config import SeparationConfig, TuningConfig
 from libortho.embedding import PackedEmbedding, PackedHead, head_rows, packed_heads
 from libortho.errors import ConfigError, SeparationError, ShapeError
@@ -29,6 +31,7 @@ from libortho.perplexity import measure_perplexity
 from libortho.precision import computing_in
 from libortho.records import Record
 from libortho.separation import separate
+from libortho.switch import bits_per_weight
 from libortho.windows import token_windows
 
 Factory = Callable[..., LlamaForCausalLM]
@@ -237,3 +240,44 @@ def test_from_pretrained_packs_while_it_separates(
         tmp_path / "plain", quantization_config=OrthoConfig(calibration=public_text, **recipe)
     )
     assert base_fingerprint(made) == base_fingerprint(packed())
+
+
+def test_a_compiled_model_says_the_same(packed: Factory) -> None:
+    model = packed()
+    whole = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.equal(logits(whole), logits(model))
+
+
+def test_held_in_memory_the_head_says_the_same(packed: Factory) -> None:
+    model = packed()
+    before = logits(model)
+    with libortho.dense_weights(model, torch.float32):
+        assert model.lm_head.held_dtype == torch.float32
+        torch.testing.assert_close(logits(model), before)
+    assert model.lm_head.held_dtype is None
+
+
+def test_attacks_read_a_packed_head(packed: Factory, tokenizer: Any) -> None:
+    model = packed(vocab_size=300, max_position_embeddings=attack_models.CONTEXT)
+    records = attack_models.record_set()
+    chosen = (
+        LogitLens(records=4),
+        GuidedDecoding(records=4),
+        Relearning(records=8, steps=2, learning_rate=1e-4),
+    )
+    before = base_fingerprint(model)
+    found = run_attacks(model, model, tokenizer, records, attacks=chosen, resamples=199)
+    assert [result.name for result in found] == [attack.name for attack in chosen]
+    assert base_fingerprint(model) == before
+
+
+def test_all_bits_are_counted(packed: Factory, separated_model: Factory) -> None:
+    weights = 300 * 48
+    linear = 2 * (2 * 48 * 48 + 2 * 24 * 48 + 3 * 80 * 48)
+    for model, head in ((packed(), 8 * weights + 32 * 300), (separated_model(), 32 * weights)):
+        layers = libortho.bits_per_linear_weight(model) * linear
+        assert bits_per_weight(model) == pytest.approx((layers + head) / (linear + weights))
+    untied = packed(tie_word_embeddings=False)
+    layers = libortho.bits_per_linear_weight(untied) * linear
+    both = 2 * (8 * weights + 32 * 300)
+    assert bits_per_weight(untied) == pytest.approx((layers + both) / (linear + 2 * weights))

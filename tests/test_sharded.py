@@ -21,6 +21,7 @@ from libortho.errors import ArtifactError, ModelLoadError, OrthoError, Separatio
 from libortho.models import load_model
 from libortho.separation import separate, separated_layer
 from libortho.sharded import separate_checkpoint, separate_shards
+from libortho.switch import bits_per_weight
 from libortho.tensorfile import TensorFile
 
 Factory = Callable[..., LlamaForCausalLM]
@@ -77,6 +78,7 @@ def test_the_bytes_are_those_of_a_separation_in_memory(
 
     assert report.base_fingerprint == libortho.base_fingerprint(model)
     assert report.bits_per_linear_weight == libortho.bits_per_linear_weight(model)
+    assert report.bits_per_weight == bits_per_weight(model)
     there, here = tensors_of(expected), tensors_of(report.folder)
     assert there.keys() == here.keys()
     for name, tensor in there.items():

@@ -170,12 +170,13 @@ def _separate(options: argparse.Namespace) -> int:
             "folder": str(options.out),
             "base_fingerprint": report.base_fingerprint,
             "bits_per_linear_weight": report.bits_per_linear_weight,
+            "bits_per_weight": report.bits_per_weight,
             "calibration_sha256": corpus.calibration.sha256,
             "seconds": round(report.seconds, 1),
             "config": recipe.to_dict(),
         },
         "{folder}: separated in {seconds:.1f} s, {bits_per_linear_weight:.3f} bits per linear "
-        "weight, fingerprint {base_fingerprint}",
+        "weight, {bits_per_weight:.3f} with embedding and head, fingerprint {base_fingerprint}",
     )
 
 
