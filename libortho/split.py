@@ -54,7 +54,8 @@ def split(
             torch.cat([part.zeros for part in lattices]),
             *(bits, group_size, weight.shape[1]),
         ),
-        torch.cat(columns, dim=1),
+        # Not every operator of PyTorch takes uint16.
+        torch.cat([part.to(torch.int32) for part in columns], dim=1).to(torch.uint16),
         torch.cat(values, dim=1),
     )
 

@@ -53,8 +53,9 @@ def select(scores: Tensor, k: int) -> Tensor:
     parts = []
     for part in scores.split(rows):
         order = torch.sort(part, dim=1, descending=True, stable=True).indices[:, :k]
-        parts.append(order.sort(dim=1).values.t().to(torch.uint16))
-    return torch.cat(parts, dim=1).contiguous()
+        parts.append(order.sort(dim=1).values.t().to(torch.int32))
+    # Only now, because not every operator of PyTorch takes uint16.
+    return torch.cat(parts, dim=1).contiguous().to(torch.uint16)
 
 
 def gather(matrix: Tensor, columns: Tensor) -> Tensor:
