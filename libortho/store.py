@@ -30,8 +30,8 @@ from .sharded import separate_checkpoint
 from .tuning import tune_private
 
 _SEPARATING = (
-    *("calibration", "embedding", "lattice", "linear", "precision", "separation", "sharded"),
-    *("split", "stream", "windows"),
+    *("blockwise", "calibration", "embedding", "lattice", "linear", "precision", "separation"),
+    *("sharded", "split", "stream", "windows"),
 )
 _TUNING = ("product", "scoring", "training", "tuning")
 """Modules whose text is part of the keys."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import libortho
-from libortho import sharded
+from libortho import blockwise, sharded
 from libortho.config import NO_LATTICE, SeparationConfig
 from libortho.errors import ArtifactError, ModelLoadError, OrthoError, SeparationError
 from libortho.models import load_model
@@ -128,7 +128,7 @@ def test_never_more_than_one_block_is_filled(
     folder = checkpoint(num_hidden_layers=6)
     made: list[Any] = []
     most = 0
-    outline, fill = sharded.outline_model, sharded._Walk._fill
+    outline, fill = sharded.outline_model, blockwise.Walk._fill
 
     def remembered(*args: Any) -> Any:
         made.append(outline(*args)[0])
@@ -140,7 +140,7 @@ def test_never_more_than_one_block_is_filled(
         most = max(most, sum(p.numel() for p in made[0].parameters() if not p.is_meta))
 
     monkeypatch.setattr(sharded, "outline_model", remembered)
-    monkeypatch.setattr(sharded._Walk, "_fill", counted)
+    monkeypatch.setattr(blockwise.Walk, "_fill", counted)
     separate_shards(folder, tmp_path / "out", public_text, config=small_separation)
     embedding, block = 300 * 48, 2 * 48 * 48 + 2 * 24 * 48 + 3 * 80 * 48 + 2 * 48
     last_norm = 48
@@ -190,7 +190,7 @@ def test_an_interruption_leaves_nothing(
             raise KeyboardInterrupt
         return separated_layer(*args)
 
-    monkeypatch.setattr(sharded, "separated_layer", interrupted)
+    monkeypatch.setattr(blockwise, "separated_layer", interrupted)
     with pytest.raises(KeyboardInterrupt):
         separate_shards(folder, tmp_path / "out", public_text, config=small_separation)
     assert list(tmp_path.iterdir()) == [folder]
@@ -238,7 +238,7 @@ def test_blocks_that_are_not_told_apart_are_separated_in_memory(
 ) -> None:
     folder = checkpoint()
     expected = separate_shards(folder, tmp_path / "a", public_text, config=small_separation)
-    monkeypatch.setattr("libortho.sharded._blocks", lambda model: None)
+    monkeypatch.setattr("libortho.sharded.blocks_of", lambda model: None)
     with pytest.raises(SeparationError, match="load_model and call separate"):
         separate_shards(folder, tmp_path / "b", public_text, config=small_separation)
     report = separate_checkpoint(folder, tmp_path / "b", public_text, config=small_separation)
