@@ -19,9 +19,10 @@ from torch import Tensor
 from .errors import ArtifactError
 
 _NAMES = {
-    **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
-    **{torch.uint8: "U8", torch.uint16: "U16", torch.int64: "I64", torch.bool: "BOOL"},
+    **{torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16"},
+    **{torch.float16: "F16", torch.uint16: "U16", torch.uint8: "U8", torch.bool: "BOOL"},
 }
+"""In the order in which safetensors writes them, widest first: then the files are the same bytes."""
 _ALIGNMENT = 8
 """Bytes of which the header is a multiple, so that the tensors are aligned as it is."""
 
@@ -38,8 +39,10 @@ class TensorFile:
     def __init__(
         self, path: Path, outline: Mapping[str, Tensor], metadata: Mapping[str, str]
     ) -> None:
-        # Widest first, as safetensors orders them, so that each begins at a multiple of its width.
-        self._outline = dict(sorted(outline.items(), key=lambda item: (-item[1].itemsize, item[0])))
+        ranks = {dtype: rank for rank, dtype in enumerate(_NAMES)}
+        self._outline = dict(
+            sorted(outline.items(), key=lambda item: (ranks[item[1].dtype], item[0]))
+        )
         entries, self._offsets, end = {}, {}, 0
         for name, tensor in self._outline.items():
             self._offsets[name] = end
