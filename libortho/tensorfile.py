@@ -22,7 +22,7 @@ _NAMES = {
     **{torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16"},
     **{torch.float16: "F16", torch.uint16: "U16", torch.uint8: "U8", torch.bool: "BOOL"},
 }
-"""In the order in which safetensors writes them, widest first: then the files are the same bytes."""
+"""In the order in which safetensors writes them, widest first: so the files are the same bytes."""
 _ALIGNMENT = 8
 """Bytes of which the header is a multiple, so that the tensors are aligned as it is."""
 
