@@ -18,7 +18,7 @@ import torch
 import libortho
 from libortho.config import NO_LATTICE, SeparationConfig
 from libortho.corpora import Corpus
-from libortho.hardware import release_memory
+from libortho.hardware import free_bytes, release_memory
 from libortho.models import ResolvedModel, load_model, load_tokenizer
 from libortho.peers import PEER_OF_BITS, bits_per_peer_weight, load_peer, quiet_peer
 from libortho.precision import computing_in, dtype_name
@@ -138,7 +138,7 @@ class Arms:
         if self.device == "cpu":
             free, fused = psutil.virtual_memory().available, False
         else:
-            free = torch.cuda.mem_get_info(self.device)[0]
+            free = free_bytes(self.device)
             fused = backend_of(largest, 1, self.dtype).name == "triton-decode"
         if not fused and dense <= DENSE_SHARE * free:
             return True, "composed weights held in memory"

@@ -163,7 +163,12 @@ def journal(
 @pytest.fixture(scope="session")
 def separation(brought: Brought, plan: Plan, resolved: ResolvedModel) -> SeparationConfig:
     """The recipe for the base; that of the checkpoint if one is audited."""
-    config = brought.separation or SeparationConfig(bits=plan.bits)
+    config = brought.separation or SeparationConfig(
+        bits=plan.recipe.bits,
+        group_size=plan.recipe.group_size,
+        residual_density=plan.recipe.residual_density,
+        head_bits=plan.recipe.head_bits,
+    )
     check_informative(config, native_grid(resolved))
     return config
 
@@ -175,6 +180,7 @@ def tuned(
     corpus: Corpus,
     records: RecordSet,
     separation: SeparationConfig,
+    plan: Plan,
     device: str,
     compute_dtype: torch.dtype,
     run_results: RunResults,
@@ -196,7 +202,7 @@ def tuned(
                 base.folder,
                 records,
                 corpus.replay,
-                TuningConfig(seed=ortho_settings.seed),
+                TuningConfig(seed=ortho_settings.seed, density=plan.recipe.private_density),
                 compute_dtype=compute_dtype,
                 device=device,
                 cache_dir=cache_dir,

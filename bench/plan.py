@@ -5,23 +5,29 @@ What was asked for, or what a small card forces in its place; the notes name eve
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 from libortho import hardware, profiles
 from libortho.artifact import separation_of
+from libortho.budget import RunRecipe, recipes
 from libortho.checkpoint import read_config
 from libortho.registry import REGISTRY, ModelEntry, entry_from_config
 from libortho.settings import Settings
 
 
 class Plan(NamedTuple):
-    """A model's name or folder, the bits of its lattice, and what differs from the request."""
+    """A model's name or folder, how it is separated, and what differs from the request."""
 
     model: str
-    bits: int
+    recipe: RunRecipe
     notes: tuple[str, ...]
+
+    @property
+    def bits(self) -> int:
+        return self.recipe.bits
 
 
 def plan_of(settings: Settings) -> Plan:
@@ -36,24 +42,32 @@ def plan_of(settings: Settings) -> Plan:
         settings.strict_model or checkpoint is not None,
         settings.profile,
         settings.device,
+        settings.head_bits,
     )
 
 
 @lru_cache
-def _plan(model: str, bits: int, strict: bool, profile: str, device: str) -> Plan:
+def _plan(
+    model: str, bits: int, strict: bool, profile: str, device: str, head_bits: int | None
+) -> Plan:
     entry = REGISTRY.get(model) or _entry_of_folder(Path(model).expanduser())
     if entry is None:  # a hub id: its geometry is known only once it is fetched
-        return Plan(model, bits, ())
+        recipe = recipes(bits)[0]
+        return Plan(model, replace(recipe, head_bits=head_bits or recipe.head_bits), ())
     on_card = hardware.resolve_device(device) != "cpu"
+    conditions = profiles.get_profile(profile)
     choice = profiles.choose(
         entry,
-        profiles.get_profile(profile).vram_gib_total if on_card else None,
+        conditions.vram_gib_total if on_card else None,
         bits,
         strict=strict,
+        head_bits=head_bits,
+        sequence_length=conditions.sequence_length,
+        batch_size=conditions.batch_size,
         host_gib=None if on_card else hardware.cpu_facts().total_gib,
     )
     name = model if choice.entry is entry else choice.entry.name
-    return Plan(name, choice.bits, choice.notes)
+    return Plan(name, choice.recipe, choice.notes)
 
 
 def _entry_of_folder(folder: Path) -> ModelEntry | None:

@@ -19,6 +19,7 @@ from .linear import OrthoLinear
 from .models import load_model
 from .records import Record, RecordSet, load_records, make_default_records
 from .separation import separate
+from .sharded import separate_shards
 from .switch import alpha, bits_per_linear_weight, dense_weights, get_alpha, set_alpha
 from .tuning import TuningReport, tune_private
 
@@ -48,6 +49,7 @@ __all__ = [
     "model_card",
     "save",
     "separate",
+    "separate_shards",
     "set_alpha",
     "tune_private",
 ]

@@ -33,7 +33,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from . import card, hub, layout
-from .config import SeparationConfig
+from .config import NO_LATTICE, SeparationConfig
+from .embedding import empty_embeddings
 from .errors import ArtifactError
 from .files import atomic_folder, atomic_write_text
 from .layout import (
@@ -101,6 +102,8 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu") -> tuple[Any
         dtype = torch.float32 if weight is None else weight.dtype
         layer = layout.empty_layer(name, linear, separation, tensors, private, dtype=dtype)
         replace_module(model, name, layer)
+    if separation.head_bits != NO_LATTICE:
+        empty_embeddings(model, getattr(torch, manifest["dtype"]))
     layout.check_tensors(model, tensors, private, folder)
     model.load_state_dict(tensors, strict=False, assign=True)
     layout.finish_layers(ortho_layers(model), private, folder)
@@ -235,26 +238,13 @@ def _write(model: Any, folder: str | Path, *, private: bool) -> Path:
             f"this model carries adapters, which {folder} has no place for. Save them with peft, "
             "and the model itself after `unload()`."
         )
-    separation: SeparationConfig = getattr(model, SEPARATION)
     tensors = _base_tensors(model)
     try:
         with atomic_folder(folder) as unfinished:
-            config = _config_of(model)
-            _write_json(unfinished / "config.json", config | _format_of(separation))
-            if model.generation_config is not None:
-                model.generation_config.save_pretrained(unfinished)
-            getattr(model, TOKENIZER).save_pretrained(unfinished)
             save_file(tensors, unfinished / BASE_FILE, {"format": "pt"})
-            fingerprint = layout.digest_of(tensors, separation.to_dict(), config)
-            manifest = {
-                "format_version": FORMAT_VERSION,
-                "separation": separation.to_dict(),
-                "dtype": dtype_name(model.dtype),
-                "base_fingerprint": fingerprint,
-                "files": layout.hashes_of(unfinished, ("config.json", BASE_FILE)),
-            }
-            _write_json(unfinished / BASE_MANIFEST, manifest)
-            atomic_write_text(unfinished / card.CARD_FILE, card.render(manifest, config))
+            fingerprint = describe(
+                unfinished, model, tensors, getattr(model, SEPARATION), getattr(model, TOKENIZER)
+            )
             slots = sum(layer.private_columns.shape[0] for layer in layers.values())
             if private and slots:
                 entries = {
@@ -262,13 +252,7 @@ def _write(model: Any, folder: str | Path, *, private: bool) -> Path:
                     for name, layer in layers.items()
                     for kind in PRIVATE_BUFFERS
                 }
-                save_file(entries, unfinished / PRIVATE_FILE, {"format": "pt"})
-                manifest = {
-                    "format_version": FORMAT_VERSION,
-                    "base_fingerprint": fingerprint,
-                    "files": layout.hashes_of(unfinished, (PRIVATE_FILE,)),
-                }
-                _write_json(unfinished / PRIVATE_MANIFEST, manifest)
+                write_private(unfinished, entries, fingerprint)
     except (OSError, SafetensorError) as error:
         needed = sum(t.numel() * t.element_size() for t in tensors.values()) >> 20
         free = shutil.disk_usage(_existing_parent(folder)).free >> 20
@@ -277,6 +261,47 @@ def _write(model: Any, folder: str | Path, *, private: bool) -> Path:
             "are free there; nothing was left behind."
         ) from error
     return folder
+
+
+def describe(
+    folder: Path,
+    model: Any,
+    tensors: Mapping[str, Tensor],
+    separation: SeparationConfig,
+    tokenizer: Any,
+) -> str:
+    """Write everything that lies beside the tensors of a base; returns its fingerprint.
+
+    model: its configs are taken; its own weights may be on the meta device
+    tensors: what `base.safetensors` holds in that folder
+    """
+    config = _config_of(model)
+    _write_json(folder / "config.json", config | _format_of(separation))
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    fingerprint = layout.digest_of(tensors, separation.to_dict(), config)
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "separation": separation.to_dict(),
+        "dtype": dtype_name(model.dtype),
+        "base_fingerprint": fingerprint,
+        "files": layout.hashes_of(folder, ("config.json", BASE_FILE)),
+    }
+    _write_json(folder / BASE_MANIFEST, manifest)
+    atomic_write_text(folder / card.CARD_FILE, card.render(manifest, config))
+    return fingerprint
+
+
+def write_private(folder: Path, entries: Mapping[str, Tensor], fingerprint: str) -> None:
+    """Put a private stream, tensors by name, beside the base with that fingerprint."""
+    save_file(dict(entries), folder / PRIVATE_FILE, {"format": "pt"})
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "base_fingerprint": fingerprint,
+        "files": layout.hashes_of(folder, (PRIVATE_FILE,)),
+    }
+    _write_json(folder / PRIVATE_MANIFEST, manifest)
 
 
 def _config_of(model: Any) -> dict[str, Any]:
@@ -296,20 +321,27 @@ def _format_of(separation: SeparationConfig) -> dict[str, Any]:
     }
 
 
-def _base_tensors(model: Any) -> dict[str, Tensor]:
+def base_state(model: Any) -> dict[str, Tensor]:
     """Everything but the private stream, by name; a head tied to the embedding goes unsaid."""
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if name.rpartition(".")[2] in PRIVATE_BUFFERS or id(tensor) in seen:
-            continue
-        seen.add(id(tensor))
+        if name.rpartition(".")[2] not in PRIVATE_BUFFERS and id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[name] = tensor.detach()
+    return tensors
+
+
+def _base_tensors(model: Any) -> dict[str, Tensor]:
+    """The same on the CPU."""
+    tensors = base_state(model)
+    for name, tensor in tensors.items():
         if tensor.is_meta:
             raise ArtifactError(
                 f"{name} is offloaded, so this model can't be read whole. Load it without a device "
                 "map to save it or take its fingerprint."
             )
-        tensors[name] = tensor.detach().cpu().contiguous()
+        tensors[name] = tensor.cpu().contiguous()
     return tensors
 
 

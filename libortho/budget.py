@@ -1,18 +1,22 @@
 """The arithmetic of memory: how many bytes a model takes at a precision, part by part.
 
-Knows the registry's geometries and the storage formats. Doesn't know machines or profiles.
+Knows the registry's geometries, the storage formats, and what the code holds for a moment: each
+part has a function of its own, so that a measurement that disagrees can be laid at one. Doesn't
+know machines or profiles.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal
 
 from .config import NO_LATTICE, SeparationConfig, TuningConfig
 from .errors import ConfigError
 from .hardware import MIB
+from .kernels.op import PART_ELEMENTS
 from .lattice import groups_per_row
 from .registry import ModelEntry
+from .scoring import positions_at_once
 from .stream import BITS_PER_ENTRY
 
 Precision = Literal["fp16", "int8", "nf4", "int4"]
@@ -29,6 +33,51 @@ CUBLAS_WORKSPACE_CONFIG = ":4096:2:16:8"
 _CUBLAS_WORKSPACE_BYTES = 2 * 4096 * 1024 + 8 * 16 * 1024
 
 
+ALLOCATOR_SHARE = 0.01
+"""Of everything that lasts, what torch's allocator adds: it hands out blocks of 2 MiB and more. An
+estimate; `bench/gpu_memory.py` measures the sum that it is part of."""
+
+
+@dataclass(frozen=True)
+class RunRecipe:
+    """What decides how much memory a separated and tuned model takes.
+
+    bits, group_size, head_bits, residual_density: as in `SeparationConfig`
+    private_density: as `TuningConfig.density`
+    """
+
+    bits: int = SeparationConfig.bits
+    group_size: int = SeparationConfig.group_size
+    head_bits: int = SeparationConfig.head_bits
+    residual_density: float = SeparationConfig.residual_density
+    private_density: float = TuningConfig.density
+
+    @property
+    def words(self) -> str:
+        """For a sentence."""
+        if self.bits == NO_LATTICE:
+            return f"16-bit weights, a private stream of {self.private_density:.1%}"
+        return (
+            f"{self.bits} bits in groups of {self.group_size}, embedding and head at "
+            f"{self.head_bits} bits, a private stream of {self.private_density:.1%}"
+        )
+
+
+def recipes(bits: int) -> tuple[RunRecipe, ...]:
+    """What can be run at so many bits, from the defaults to what takes least.
+
+    The head goes to 8 bits first, which costs the least quality for its size, then groups get
+    larger and the private stream smaller. Raises `ConfigError` for bits other than 4, 8 and 16.
+    """
+    if bits not in PRECISION_OF_BITS:
+        raise ConfigError(f"Quantization bits must be 4, 8 or 16; found {bits}.")
+    if bits == NO_LATTICE:  # unquantised weights have no error for a residual to correct
+        return (RunRecipe(bits, residual_density=0.0),)
+    default = RunRecipe(bits)
+    packed = replace(default, head_bits=8)
+    return default, packed, replace(packed, group_size=128, private_density=0.005)
+
+
 @dataclass(frozen=True)
 class Budget:
     """Where a model's memory goes.
@@ -36,8 +85,9 @@ class Budget:
     weights_mib: linear layers with their scales and zero points, and the norms
     embedding_mib: embedding and output head
     streams_mib: residual and private stream
-    kv_cache_mib: keys and values of one sequence, 16 bits each
-    workspace_mib: what a forward pass over one sequence needs for a moment
+    kv_cache_mib: keys and values of all sequences, 16 bits each
+    workspace_mib: what a forward pass over the sequences needs for a moment
+    overhead_mib: cuBLAS's workspace and what the allocator rounds up; not the CUDA context
     """
 
     weights_mib: float
@@ -45,16 +95,15 @@ class Budget:
     streams_mib: float
     kv_cache_mib: float
     workspace_mib: float
+    overhead_mib: float = 0.0
 
     @property
     def total_mib(self) -> float:
-        return (
-            self.weights_mib
-            + self.embedding_mib
-            + self.streams_mib
-            + self.kv_cache_mib
-            + self.workspace_mib
-        )
+        return sum(getattr(self, field.name) for field in fields(self))
+
+    def parts(self) -> dict[str, float]:
+        """Every part by name, and `total_mib`."""
+        return asdict(self) | {"total_mib": self.total_mib}
 
 
 def stream_bytes(entry: ModelEntry, density: float) -> float:
@@ -82,16 +131,40 @@ def kv_cache_bytes(entry: ModelEntry, sequence_length: int) -> int:
     return 2 * 2 * entry.num_layers * entry.num_kv_heads * entry.head_dim * sequence_length
 
 
-def workspace_bytes(entry: ModelEntry, bits: int, sequence_length: int) -> int:
-    """Bytes that a forward pass over one sequence needs on top, an estimate from above.
+def embedding_bytes(entry: ModelEntry, head_bits: int) -> float:
+    """Bytes of embedding and head; at 8 bits each row has a scale and a zero point."""
+    rows = entry.embedding_parameters // entry.hidden_size
+    scales = 0 if head_bits == NO_LATTICE else rows * LATTICE_BITS_PER_GROUP / 8
+    return entry.embedding_parameters * head_bits / 8 + scales
 
-    Logits of all positions in 16 bits and in float32 (for the loss), activations of one block, the
-    largest matrix unpacked to float32 and to 16 bits (where it is packed), and cuBLAS's workspace.
+
+def activation_bytes(entry: ModelEntry, tokens: int) -> int:
+    """Bytes of one block's activations at 16 bits: the residual stream, its norm, and the MLP's."""
+    return tokens * (4 * entry.hidden_size + 3 * entry.intermediate_size) * 2
+
+
+def composed_bytes(entry: ModelEntry, bits: int) -> int:
+    """Bytes of the largest matrix composed to 16 bits for a prompt; none without a lattice."""
+    return 0 if bits == NO_LATTICE else entry.hidden_size * entry.intermediate_size * 2
+
+
+def logits_bytes(entry: ModelEntry, tokens: int, head_bits: int) -> int:
+    """Bytes of the logits that are scored at once, in 16 bits, in float32 and as their logarithms.
+
+    And of the part of a packed head that is dense meanwhile.
     """
-    logits = sequence_length * entry.vocab_size * (2 + 4)
-    block = sequence_length * (4 * entry.hidden_size + 3 * entry.intermediate_size) * 2
-    unpacked = 0 if bits == NO_LATTICE else entry.hidden_size * entry.intermediate_size * (4 + 2)
-    return logits + block + unpacked + _CUBLAS_WORKSPACE_BYTES
+    head = entry.vocab_size * entry.hidden_size
+    part = 0 if head_bits == NO_LATTICE else min(PART_ELEMENTS, head) * 2
+    return positions_at_once(tokens, entry.vocab_size) * entry.vocab_size * (2 + 4 + 4) + part
+
+
+def workspace_bytes(entry: ModelEntry, bits: int, tokens: int, head_bits: int = NO_LATTICE) -> int:
+    """Bytes that a forward pass over so many tokens needs on top, an estimate from above.
+
+    A block's activations beside its largest matrix, or the logits: one follows the other.
+    """
+    block = activation_bytes(entry, tokens) + composed_bytes(entry, bits)
+    return max(block, logits_bytes(entry, tokens, head_bits))
 
 
 def model_bytes(
@@ -102,11 +175,12 @@ def model_bytes(
     density_residual: float = 0.0,
     density_private: float = 0.0,
     sequence_length: int = 0,
-    embedding_bits: int = 16,
+    batch_size: int = 1,
+    embedding_bits: int = NO_LATTICE,
 ) -> Budget:
     """The memory of a model with its linear weights at a precision, norms at 16 bits.
 
-    With `sequence_length` 0 it is the model alone, without KV cache and workspace.
+    With `sequence_length` 0 it is the model alone: no KV cache, workspace and overhead.
     """
     if precision == "nf4":
         bits = 4
@@ -116,14 +190,18 @@ def model_bytes(
         bits = {"fp16": NO_LATTICE, "int8": 8, "int4": 4}[precision]
         linear = linear_bytes(entry, bits, group_size)
     norms = entry.parameters - entry.linear_parameters - entry.embedding_parameters
+    weights = linear + norms * 2
+    embedding = embedding_bytes(entry, embedding_bits)
     streams = stream_bytes(entry, density_residual) + stream_bytes(entry, density_private)
-    workspace = workspace_bytes(entry, bits, sequence_length) if sequence_length else 0
+    cache = batch_size * kv_cache_bytes(entry, sequence_length)
+    workspace, overhead = 0.0, 0.0
+    if sequence_length:
+        tokens = batch_size * sequence_length
+        workspace = workspace_bytes(entry, bits, tokens, embedding_bits)
+        lasting = weights + embedding + streams + cache
+        overhead = _CUBLAS_WORKSPACE_BYTES + ALLOCATOR_SHARE * lasting
     return Budget(
-        weights_mib=(linear + norms * 2) / MIB,
-        embedding_mib=entry.embedding_parameters * embedding_bits / 8 / MIB,
-        streams_mib=streams / MIB,
-        kv_cache_mib=kv_cache_bytes(entry, sequence_length) / MIB,
-        workspace_mib=workspace / MIB,
+        *(part / MIB for part in (weights, embedding, streams, cache, workspace, overhead))
     )
 
 
@@ -137,19 +215,18 @@ def decode_bytes_per_token(entry: ModelEntry, budget: Budget) -> float:
 
 
 def run_budget(
-    entry: ModelEntry, bits: int, sequence_length: int = 512, embedding_bits: int = 16
+    entry: ModelEntry, recipe: RunRecipe, sequence_length: int = 512, batch_size: int = 1
 ) -> Budget:
-    """The memory of a separated and tuned model with the default densities and group size."""
-    if bits not in PRECISION_OF_BITS:
-        raise ConfigError(f"Quantization bits must be 4, 8 or 16; found {bits}.")
+    """The memory of a separated and tuned model that runs sequences of that length."""
     return model_bytes(
         entry,
-        PRECISION_OF_BITS[bits],
-        # Unquantised weights have no error for a residual to correct.
-        density_residual=0.0 if bits == NO_LATTICE else SeparationConfig.residual_density,
-        density_private=TuningConfig.density,
+        PRECISION_OF_BITS[recipe.bits],
+        group_size=recipe.group_size,
+        density_residual=recipe.residual_density,
+        density_private=recipe.private_density,
         sequence_length=sequence_length,
-        embedding_bits=embedding_bits,
+        batch_size=batch_size,
+        embedding_bits=recipe.head_bits,
     )
 
 

@@ -5,7 +5,8 @@ Knows models and token windows; makes one vector a layer and keeps no activation
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +26,16 @@ def hessian_diagonal(
     Frantar et al. 2022, GPTQ); its diagonal, up to the factor, is all that a range search with
     independent errors needs. Sums are kept in float64, in the order of the windows.
     """
+    with listening(layers) as sums:
+        for window in tqdm(windows, desc="calibrating", unit="window", disable=None, leave=False):
+            # The output head is not needed: only the body is run.
+            model.base_model(input_ids=window[None].to(model.device), use_cache=False)
+    return diagonal_of(sums, windows.numel())
+
+
+@contextmanager
+def listening(layers: Mapping[str, nn.Linear]) -> Iterator[dict[str, Tensor]]:
+    """Add up the squares of what layers are given inside the block, float64 `[in]` each."""
     sums = {
         name: torch.zeros(layer.in_features, dtype=torch.float64, device=layer.weight.device)
         for name, layer in layers.items()
@@ -39,13 +50,15 @@ def hessian_diagonal(
 
     handles = [layer.register_forward_pre_hook(listen(name)) for name, layer in layers.items()]
     try:
-        for window in tqdm(windows, desc="calibrating", unit="window", disable=None, leave=False):
-            # The output head is not needed: only the body is run.
-            model.base_model(input_ids=window[None].to(model.device), use_cache=False)
+        yield sums
     finally:
         for handle in handles:
             handle.remove()
-    diagonal = {name: (total / windows.numel()).float() for name, total in sums.items()}
+
+
+def diagonal_of(sums: Mapping[str, Tensor], tokens: int) -> dict[str, Tensor]:
+    """The sums as means, float32; raises `SeparationError` for ones that are not finite."""
+    diagonal = {name: (total / tokens).float() for name, total in sums.items()}
     for name, values in diagonal.items():
         if not bool(torch.isfinite(values).all()):
             raise SeparationError(

@@ -58,6 +58,7 @@ class SeparationConfig(_Record):
     search: choose ranges by Hessian-weighted error (False: min-max, the plain INT4 baseline)
     calibration_tokens: tokens of public text from which diag(H) is estimated
     calibration_window: tokens a calibration window holds
+    head_bits: 8 for a lattice of embedding and output head as well, 16 to leave them as they are
     """
 
     bits: int = 4
@@ -66,10 +67,13 @@ class SeparationConfig(_Record):
     search: bool = True
     calibration_tokens: int = 8192
     calibration_window: int = 512
+    head_bits: int = NO_LATTICE
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8, NO_LATTICE):
             raise ConfigError(f"bits must be 4, 8 or 16; found {self.bits}.")
+        if self.head_bits not in (8, NO_LATTICE):
+            raise ConfigError(f"head_bits must be 8 or 16; found {self.head_bits}.")
         if self.group_size != PER_ROW and self.group_size < 2:
             raise ConfigError(
                 f"group_size must be at least 2, or {PER_ROW} for one per row; found "
@@ -81,6 +85,13 @@ class SeparationConfig(_Record):
                 "calibration needs at least one window of 2 tokens; found "
                 f"{self.calibration_tokens} tokens in windows of {self.calibration_window}."
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields; `head_bits` only if it is not 16, for the fingerprints of older artefacts."""
+        fields = super().to_dict()
+        if self.head_bits == NO_LATTICE:
+            del fields["head_bits"]
+        return fields
 
 
 @dataclass(frozen=True)

@@ -239,10 +239,20 @@ def process_peak_rss_mib() -> float:
 
 
 def free_bytes(device: str | torch.device) -> int:
-    """Memory that is free on a CUDA device, or on the host for any other one."""
-    if torch.device(device).type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return _host_memory()[1]
+    """Memory that can still be had on a CUDA device, or on the host for any other one.
+
+    On a CUDA device what torch has reserved and doesn't use counts, and a cap on the process's
+    memory is heeded: the driver knows nothing of it.
+    """
+    if torch.device(device).type != "cuda":
+        return _host_memory()[1]
+    index = torch.device(device).index
+    index = torch.cuda.current_device() if index is None else index
+    free, total = torch.cuda.mem_get_info(index)
+    allocated = torch.cuda.memory_allocated(index)
+    unused = torch.cuda.memory_reserved(index) - allocated
+    cap = total * torch.cuda.get_per_process_memory_fraction(index)
+    return max(0, min(free + unused, int(cap) - allocated))
 
 
 def release_memory() -> None:

@@ -24,8 +24,9 @@ from transformers.quantizers.auto import (
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import artifact, hub, layout
-from .config import SeparationConfig
+from .config import NO_LATTICE, SeparationConfig
 from .corpora import load_corpus
+from .embedding import empty_embeddings
 from .errors import ConfigError, ModelLoadError
 from .layout import BASE_FILE, BASE_MANIFEST, FORMAT_VERSION, PRIVATE_FILE, QUANT_METHOD
 from .models import linear_layers, replace_module, stored_tokenizer
@@ -148,6 +149,8 @@ class OrthoQuantizer(HfQuantizer):
         for name, linear in linear_layers(model).items():
             layer = layout.empty_layer(name, linear, separation, base, private, dtype=model.dtype)
             replace_module(model, name, layer)
+        if separation.head_bits != NO_LATTICE:
+            empty_embeddings(model, model.dtype)
         layout.check_tensors(model, base, private, folder)
         # The streams are in a file of their own, which transformers doesn't read.
         model._keys_to_ignore_on_load_missing |= {rf"\.{b}$" for b in layout.PRIVATE_BUFFERS}

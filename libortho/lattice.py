@@ -11,6 +11,7 @@ own int4 kernels (`torch.ops.aten._weight_int4pack_mm`), so their layout is a re
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -65,15 +66,16 @@ def check_weight(weight: Tensor, name: str = "weight") -> None:
             f"{name} must hold floating-point weights; found {weight.dtype}. If the checkpoint is "
             "already quantised, start from its unquantised original."
         )
-    finite = torch.isfinite(weight)
-    if not bool(finite.all()):
+    low, high = (float(extreme) for extreme in weight.aminmax())  # NaN if there is one
+    if not (math.isfinite(low) and math.isfinite(high)):
+        finite = torch.isfinite(weight)
         bad = int((~finite).sum())
         row, column = (int(i) for i in (~finite).nonzero()[0])
         raise ShapeError(
             f"{name} has {bad} NaN or infinite of {weight.numel()} weights, the first at row "
             f"{row}, column {column}. The checkpoint is damaged: fetch it again or retrain it."
         )
-    largest = float(weight.abs().max())
+    largest = max(-low, high)
     if largest > FP16_MAX:
         raise ShapeError(
             f"{name} has a weight of magnitude {largest:.4g}, and scales are float16, whose "
@@ -141,10 +143,8 @@ def quantize(
     groups = groups_per_row(in_features, group_size)
     padding = groups * size - in_features
     h = _grouped(importance.float()[None], groups, padding)
-    chunks = max(1, _CHUNK_ELEMENTS // (groups * size))
     parts = []
-    for rows in torch.arange(out_features).split(chunks):
-        row = slice(int(rows[0]), int(rows[-1]) + 1)
+    for row in row_parts(weight):
         w = _grouped(weight[row].float(), groups, padding)
         # Padding and excluded entries have no say in the range.
         voice = _grouped(torch.ones_like(weight[row], dtype=torch.float32), groups, padding)
@@ -155,6 +155,12 @@ def quantize(
         parts.append((q.flatten(1)[:, :in_features].to(torch.uint8), scale[..., 0], zero[..., 0]))
     q, scales, zeros = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return Lattice(pack(q, bits), scales, zeros, bits, group_size, in_features)
+
+
+def row_parts(weight: Tensor) -> list[slice]:
+    """Rows of a matrix `[out, in]` in parts that are small enough for temporaries of them."""
+    step = max(1, _CHUNK_ELEMENTS // weight.shape[1])
+    return [slice(start, start + step) for start in range(0, weight.shape[0], step)]
 
 
 def dequantize(lattice: Lattice, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -7,6 +7,11 @@ Format version 2. Version 1 was never released: its tensors lay in `model.safete
 transformers without libortho took for a plain checkpoint with every linear weight missing. Now two
 things stand in the way of that: the tensors lie under another name, and `config.json` names as
 `transformers_weights` a sentence that says what to install, which transformers refuses and prints.
+
+A layer's tensors are those of `OrthoLinear`. Where the recipe has `head_bits` 8 the embedding is
+`packed` uint8 `[rows, hidden]` with float16 `scales` and `zeros` `[rows, 1]`, by the formula of
+`lattice`, and so is the head unless it is tied: then it has no tensors. A recipe that doesn't name
+`head_bits` has 16, which is the model's own `weight`.
 """
 
 from __future__ import annotations

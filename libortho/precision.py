@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,17 +16,27 @@ from torch import nn
 
 @contextmanager
 def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
-    """Hold all floating-point parameters in `dtype` inside the block; the originals come back."""
+    """Hold all floating-point parameters in `dtype` inside the block; the originals come back.
+
+    Modules that make activations from packed buffers name their dtype as `activation_dtype`.
+    """
     originals = [
         (p, p.data) for p in model.parameters() if p.is_floating_point() and p.dtype != dtype
+    ]
+    sources: list[tuple[Any, Any]] = [
+        (m, m.activation_dtype) for m in model.modules() if hasattr(m, "activation_dtype")
     ]
     try:
         for parameter, data in originals:
             parameter.data = data.to(dtype)
+        for module, _ in sources:
+            module.activation_dtype = dtype
         yield model
     finally:
         for parameter, data in originals:
             parameter.data = data
+        for module, former in sources:
+            module.activation_dtype = former
 
 
 @contextmanager

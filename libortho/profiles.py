@@ -7,12 +7,19 @@ measured, nor how its bytes are counted (`budget` does).
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from .budget import CUBLAS_WORKSPACE_CONFIG, run_budget, stream_bytes, workspace_bytes
-from .config import SeparationConfig, TuningConfig
+from .budget import (
+    CUBLAS_WORKSPACE_CONFIG,
+    RunRecipe,
+    recipes,
+    run_budget,
+    stream_bytes,
+    workspace_bytes,
+)
 from .errors import ConfigError, HardwareError
 from .hardware import GIB, MIB, cpu_facts
 from .registry import REGISTRY, ModelEntry
@@ -28,13 +35,15 @@ FOUR_BIT_BELOW_GIB = 8.0
 
 @dataclass(frozen=True)
 class Profile:
-    """Conditions that every arm of a run shares.
+    """Conditions that every arm of a run shares. They choose what is run, and promise nothing.
 
-    vram_gib_total, vram_gib_usable: the card's memory, and the part that the process may reserve
+    vram_gib_total, vram_gib_usable: the card's memory, and the part that the process may reserve;
+        0 for a profile without a card
     batch_size, sequence_length: sequences a forward pass, and tokens a window
     canaries_per_family: planted records of each family
     windows: windows of text that perplexity is measured on
     bandwidth_gb_per_s: memory bandwidth of the card that the profile stands for, 1e9 bytes/s
+    models: (registry name, bits) that the guide compares on that card
     """
 
     name: str
@@ -46,10 +55,11 @@ class Profile:
     windows: int
     bandwidth_gb_per_s: float
     description: str
+    models: tuple[tuple[str, int], ...] = ()
 
 
-PROFILES: dict[str, Profile] = {
-    "gtx4050": Profile(
+_PROFILES = (
+    Profile(
         name="gtx4050",
         vram_gib_total=6.0,
         vram_gib_usable=5.0,
@@ -59,27 +69,71 @@ PROFILES: dict[str, Profile] = {
         windows=50,
         bandwidth_gb_per_s=192.0,
         description="RTX 4050 laptop: 6 GB, 192 GB/s, batch 1, 512 tokens",
-    )
-}
+        models=(("llama-3.2-3b", 4), ("llama-3-8b", 4)),
+    ),
+    Profile(
+        name="rtx4090",
+        vram_gib_total=24.0,
+        vram_gib_usable=23.0,
+        batch_size=4,
+        sequence_length=512,
+        canaries_per_family=20,
+        windows=52,
+        bandwidth_gb_per_s=1008.0,
+        description="RTX 4090: 24 GB, 1,008 GB/s, batch 4, 512 tokens",
+        models=(("llama-3-8b", 4), ("llama-3-8b", 16)),
+    ),
+    Profile(
+        name="a100",
+        vram_gib_total=80.0,
+        vram_gib_usable=79.0,
+        batch_size=8,
+        sequence_length=512,
+        canaries_per_family=20,
+        windows=56,
+        bandwidth_gb_per_s=2039.0,
+        description="A100 SXM: 80 GB, 2,039 GB/s, batch 8, 512 tokens",
+        models=(("llama-3-8b", 16), ("llama-3-70b", 4)),
+    ),
+    Profile(
+        name="cpu",
+        vram_gib_total=0.0,
+        vram_gib_usable=0.0,
+        batch_size=1,
+        sequence_length=512,
+        canaries_per_family=20,
+        windows=50,
+        bandwidth_gb_per_s=0.0,
+        description="no card: host memory decides, batch 1, 512 tokens",
+        models=(("smollm2", 4),),
+    ),
+)
+PROFILES: dict[str, Profile] = {profile.name: profile for profile in _PROFILES}
+"""By name. Bandwidths are the makers' (NVIDIA's data sheets)."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Whether a model fits, with the arithmetic in words."""
+    """Whether a model fits, by which recipe (the leanest if by none), the arithmetic in words."""
 
     ok: bool
     needed_mib: float
     usable_mib: float
     reason: str
+    recipe: RunRecipe
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What will run: a model and its bits, and in the notes whatever differs from the request."""
+    """What will run: a model and its recipe, and in the notes whatever differs from the request."""
 
     entry: ModelEntry
-    bits: int
+    recipe: RunRecipe
     notes: tuple[str, ...]
+
+    @property
+    def bits(self) -> int:
+        return self.recipe.bits
 
 
 def get_profile(name: str) -> Profile:
@@ -103,6 +157,8 @@ def enforce(profile: Profile, device: str | torch.device) -> str:
     device = torch.device(device)
     if device.type != "cuda":
         return f"{profile.name}: memory is not capped, because the device is {device.type}"
+    if not profile.vram_gib_total:
+        return f"{profile.name}: memory is not capped, because the profile has no card"
     total_gib = torch.cuda.get_device_properties(device).total_memory / GIB
     if total_gib <= profile.vram_gib_total:
         return f"{profile.name}: memory is not capped, because the card has {total_gib:.1f} GiB"
@@ -119,36 +175,60 @@ def usable_on_card(card_total_gib: float) -> float:
     return max(0.0, card_total_gib - RESERVED_GIB)
 
 
-def fits(entry: ModelEntry, usable_gib: float, bits: int, sequence_length: int = 512) -> Fit:
-    """Whether a separated, tuned model runs one sequence in that much card memory."""
-    budget = run_budget(entry, bits, sequence_length)
-    needed, usable = budget.total_mib, usable_gib * 1024
-    parts = (
-        f"{entry.name} at {bits} bits needs {needed:,.0f} MiB (linear layers and norms "
-        f"{budget.weights_mib:,.0f}, embedding and head {budget.embedding_mib:,.0f}, streams "
-        f"{budget.streams_mib:,.0f}, KV cache {budget.kv_cache_mib:,.0f}, workspace "
-        f"{budget.workspace_mib:,.0f}) and {usable:,.0f} MiB are usable"
-    )
-    if needed <= usable:
-        return Fit(True, needed, usable, f"{parts}: it fits.")
-    small = run_budget(entry, bits, sequence_length, embedding_bits=8)
-    lasting = small.total_mib - small.workspace_mib
-    reason = f"{parts}: {needed - usable:,.0f} MiB too many."
-    if lasting <= usable:
-        reason += (
-            " With an 8-bit embedding and head, which is not supported yet, all but the workspace "
-            f"would take {lasting:,.0f} MiB and leave {usable - lasting:,.0f} MiB for it."
+def fits(
+    entry: ModelEntry,
+    usable_gib: float,
+    bits: int,
+    sequence_length: int = 512,
+    *,
+    batch_size: int = 1,
+    head_bits: int | None = None,
+) -> Fit:
+    """Whether a separated, tuned model runs in that much card memory, and by which recipe.
+
+    The first of `budget.recipes` that fits is taken, and of them only those with `head_bits` if
+    that is given.
+    """
+    usable = usable_gib * 1024
+    tried = []
+    for recipe in _candidates(bits, head_bits):
+        budget = run_budget(entry, recipe, sequence_length, batch_size)
+        needed = budget.total_mib
+        text = (
+            f"{entry.name} at {recipe.words}, needs {needed:,.0f} MiB (linear layers and norms "
+            f"{budget.weights_mib:,.0f}, embedding and head {budget.embedding_mib:,.0f}, streams "
+            f"{budget.streams_mib:,.0f}, KV cache {budget.kv_cache_mib:,.0f}, workspace "
+            f"{budget.workspace_mib:,.0f}, overhead {budget.overhead_mib:,.0f}) and {usable:,.0f} "
+            "MiB are usable"
         )
-    return Fit(False, needed, usable, reason)
+        if needed <= usable:
+            return Fit(True, needed, usable, f"{text}: it fits.", recipe)
+        tried.append((needed, recipe, text))
+    needed, recipe, text = tried[-1]
+    reason = f"{text}: {needed - usable:,.0f} MiB too many."
+    if len(tried) > 1:
+        reason += f" With {tried[0][1].words}, it would need {tried[0][0]:,.0f} MiB."
+    return Fit(False, needed, usable, reason, recipe)
+
+
+def _candidates(bits: int, head_bits: int | None) -> list[RunRecipe]:
+    found = recipes(bits)
+    if head_bits is None:
+        return list(found)
+    # Where none has it, the defaults with it: what was asked for is what is run.
+    return [r for r in found if r.head_bits == head_bits] or [
+        replace(found[0], head_bits=head_bits)
+    ]
 
 
 def host_fit(entry: ModelEntry, host_gib: float, bytes_per_parameter: int = 2) -> Fit:
-    """Whether host memory holds what a separation reads: the unquantised checkpoint and streams.
+    """Whether host memory holds what a run without a card reads: the unquantised model and streams.
 
     bytes_per_parameter: 2 for a checkpoint in 16 bits, 4 where the CPU computes in float32
     """
-    streams = stream_bytes(entry, SeparationConfig.residual_density + TuningConfig.density)
-    workspace = workspace_bytes(entry, 4, 512)
+    recipe = RunRecipe()
+    streams = stream_bytes(entry, recipe.residual_density + recipe.private_density)
+    workspace = workspace_bytes(entry, recipe.bits, 512)
     needed = (entry.parameters * bytes_per_parameter + streams + workspace) / MIB
     usable = host_gib * 1024
     reason = (
@@ -156,12 +236,20 @@ def host_fit(entry: ModelEntry, host_gib: float, bytes_per_parameter: int = 2) -
         f"parameter, streams, workspace) and {usable:,.0f} MiB are available"
     )
     ok = needed <= usable
-    return Fit(ok, needed, usable, f"{reason}: it {'fits' if ok else 'does not fit'}.")
+    return Fit(ok, needed, usable, f"{reason}: it {'fits' if ok else 'does not fit'}.", recipe)
 
 
-def largest_that_fits(usable_gib: float, bits: int) -> ModelEntry | None:
+def largest_that_fits(
+    usable_gib: float, bits: int, head_bits: int | None = None
+) -> ModelEntry | None:
     """The registry's model of most parameters that fits in that much card memory, if any does."""
-    return _largest([entry for entry in REGISTRY.values() if fits(entry, usable_gib, bits).ok])
+    return _largest(
+        [
+            entry
+            for entry in REGISTRY.values()
+            if fits(entry, usable_gib, bits, head_bits=head_bits).ok
+        ]
+    )
 
 
 def choose(
@@ -170,6 +258,9 @@ def choose(
     bits: int,
     strict: bool = False,
     *,
+    head_bits: int | None = None,
+    sequence_length: int = 512,
+    batch_size: int = 1,
     host_gib: float | None = None,
     host_bytes_per_parameter: int = 2,
 ) -> Choice:
@@ -177,7 +268,9 @@ def choose(
 
     Below 8 GB a model that doesn't fit goes to 4 bits, and one that doesn't fit even then gives way
     to the largest that does. From 8 GB on nothing is changed silently: the error names what fits.
-    `host_gib` defaults to the host memory available now.
+    Either way embedding and head go to 8 bits, groups become larger and the private stream smaller
+    where only that makes a model fit, and the notes say so. `host_gib` defaults to the host memory
+    available now.
 
     Raises `HardwareError` if nothing fits, if a replacement was needed and `strict` forbids it, or
     if the linear weights alone, at 4 bits, exceed the memory: no option makes such a model fit, and
@@ -185,35 +278,57 @@ def choose(
     """
     if card_total_gib is None:
         available = cpu_facts().available_gib if host_gib is None else host_gib
-        return _choose_on_host(entry, available, bits, strict, host_bytes_per_parameter)
+        return _choose_on_host(entry, available, bits, strict, head_bits, host_bytes_per_parameter)
     _refuse_hopeless(entry, card_total_gib, "the card")
     usable = usable_on_card(card_total_gib)
-    fit = fits(entry, usable, bits)
+    run: dict[str, Any] = {
+        "sequence_length": sequence_length,
+        "batch_size": batch_size,
+        "head_bits": head_bits,
+    }
+    fit = fits(entry, usable, bits, **run)
     if fit.ok:
-        return Choice(entry, bits, ())
+        return Choice(entry, fit.recipe, _named(entry, fit.recipe, head_bits))
     if card_total_gib >= FOUR_BIT_BELOW_GIB:
         raise HardwareError(f"{fit.reason} {_alternatives(entry, usable, bits)}")
-    notes = []
+    notes: list[str] = []
     if bits > 4:
         notes.append(f"{fit.reason} Taken to 4 bits.")
-        fit = fits(entry, usable, 4)
+        fit = fits(entry, usable, 4, **run)
         if fit.ok:
-            return Choice(entry, 4, tuple(notes))
-    other = largest_that_fits(usable, 4)
+            return Choice(entry, fit.recipe, (*notes, *_named(entry, fit.recipe, head_bits)))
+    other = largest_that_fits(usable, 4, head_bits)
     if strict or other is None:
         raise HardwareError(f"{fit.reason} {_alternatives(entry, usable, 4)}")
     notes.append(f"{fit.reason} Replaced by {other.name}, the largest registry model that fits.")
-    return Choice(other, 4, tuple(notes))
+    recipe = fits(other, usable, 4, **run).recipe
+    return Choice(other, recipe, (*notes, *_named(other, recipe, head_bits)))
+
+
+def _named(entry: ModelEntry, recipe: RunRecipe, head_bits: int | None) -> tuple[str, ...]:
+    """A note on a recipe that is not the default one, if memory is why."""
+    asked = replace(
+        recipes(recipe.bits)[0], head_bits=head_bits or recipes(recipe.bits)[0].head_bits
+    )
+    if recipe == asked:
+        return ()
+    return (f"{entry.name} only fits with {recipe.words}: so it is separated and tuned.",)
 
 
 def _choose_on_host(
-    entry: ModelEntry, host_gib: float, bits: int, strict: bool, bytes_per_parameter: int
+    entry: ModelEntry,
+    host_gib: float,
+    bits: int,
+    strict: bool,
+    head_bits: int | None,
+    bytes_per_parameter: int,
 ) -> Choice:
     _refuse_hopeless(entry, host_gib, "host memory")
+    recipe = _candidates(bits, head_bits)[0]
     fit = host_fit(entry, host_gib, bytes_per_parameter)
     basis = "No card is used, so host memory decides and no card's limit is enforced."
     if fit.ok:
-        return Choice(entry, bits, (f"{basis} {fit.reason}",))
+        return Choice(entry, recipe, (f"{basis} {fit.reason}",))
     other = _largest(
         [e for e in REGISTRY.values() if host_fit(e, host_gib, bytes_per_parameter).ok]
     )
@@ -221,7 +336,7 @@ def _choose_on_host(
         hint = f"{other.name} would fit." if other else "No registry model fits: free some memory."
         raise HardwareError(f"{basis} {fit.reason} {hint}")
     swapped = f"Replaced by {other.name}, the largest registry model that fits."
-    return Choice(other, bits, (f"{basis} {fit.reason} {swapped}",))
+    return Choice(other, recipe, (f"{basis} {fit.reason} {swapped}",))
 
 
 def _refuse_hopeless(entry: ModelEntry, memory_gib: float, where: str) -> None:

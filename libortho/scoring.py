@@ -15,6 +15,10 @@ from torch import Tensor
 
 from .records import EncodedRecord
 
+LOGITS_AT_ONCE = 1 << 23
+"""Logits that are scored together, 80 MiB with their logarithms. A 6 GB card has little more to
+spare beside an 8B model, and a product with fewer positions would be slower."""
+
 
 class SecretLogits(NamedTuple):
     """Predictions at every secret token of a batch, and nowhere else.
@@ -176,8 +180,17 @@ def window_losses(model: Any, windows: Tensor) -> Tensor:
     A window's first token has nothing before it and is not scored: length - 1 tokens are.
     """
     windows = windows.to(model.device)
-    logits = model.get_output_embeddings()(hidden_states(model, windows)[:, :-1])
-    losses = F.cross_entropy(
-        logits.float().flatten(0, 1), windows[:, 1:].flatten(), reduction="none"
-    )
-    return losses.view(windows.shape[0], -1).mean(1)
+    head = model.get_output_embeddings()
+    hidden = hidden_states(model, windows)[:, :-1].flatten(0, 1)  # [count * (length - 1), hidden]
+    targets = windows[:, 1:].flatten()
+    step = positions_at_once(len(targets), head.out_features)
+    losses = [
+        F.cross_entropy(head(states).float(), wanted, reduction="none")
+        for states, wanted in zip(hidden.split(step), targets.split(step), strict=True)
+    ]
+    return torch.cat(losses).view(windows.shape[0], -1).mean(1)
+
+
+def positions_at_once(positions: int, vocabulary: int) -> int:
+    """How many of the positions have their logits taken together."""
+    return max(1, min(positions, LOGITS_AT_ONCE // vocabulary))

@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import stream
 from .artifact import mark
 from .calibration import hessian_diagonal
 from .config import NO_LATTICE, SeparationConfig
+from .embedding import check_embeddings, pack_embeddings
 from .errors import SeparationError, ShapeError
 from .lattice import check_weight
 from .linear import OrthoLinear
@@ -32,6 +34,8 @@ def separate(
 ) -> Any:
     """Replace every linear layer but the output head by an `OrthoLinear`, in place.
 
+    With `config.head_bits` 8 embedding and head become a lattice as well (see `embedding`).
+
     calibration: public documents; diag(H) is estimated on windows spread evenly over them (not
         read if the recipe neither searches ranges nor has a residual)
     config: the recipe; the defaults if None
@@ -47,35 +51,68 @@ def separate(
         raise SeparationError("this model is separated already; load the original to do it anew.")
     layers = linear_layers(model)
     for name, layer in layers.items():
-        try:
-            check_weight(layer.weight.detach(), f"{name}.weight")
-        except ShapeError as error:
-            raise SeparationError(str(error)) from error
-        if layer.in_features > stream.MAX_COLUMNS:
-            raise SeparationError(
-                f"{name} has {layer.in_features} inputs and a stream addresses at most "
-                f"{stream.MAX_COLUMNS}, with 16-bit columns. This model can't be separated."
-            )
-    if config.bits != NO_LATTICE and (config.search or config.residual_density):
-        windows = token_windows(
-            tokenizer,
-            calibration,
-            count=config.calibration_tokens // config.calibration_window,
-            length=config.calibration_window,
-        )
+        check_finite(layer.weight.detach(), f"{name}.weight")
+        check_width(layer, name)
+    if config.head_bits != NO_LATTICE:
+        embedding, head = check_embeddings(model)
+        check_finite(embedding.weight.detach(), "the embedding")
+        check_finite(head.weight.detach(), "the head")
+    windows = calibration_windows(tokenizer, calibration, config)
+    if windows is not None:
         with evaluating(model):
             importance = hessian_diagonal(model, layers, windows)
     else:  # nothing in this recipe weighs errors
         importance = {n: torch.ones_like(la.weight[0]) for n, la in layers.items()}
     for name in tqdm(list(layers), desc="separating", unit="layer", disable=None, leave=False):
-        separated = OrthoLinear.from_linear(
-            layers.pop(name),
-            bits=config.bits,
-            group_size=config.group_size,
-            residual_density=config.residual_density,
-            importance=importance.pop(name),
-            search=config.search,
-        )
+        separated = separated_layer(layers.pop(name), config, importance.pop(name))
         replace_module(model, name, separated)
+    if config.head_bits != NO_LATTICE:
+        pack_embeddings(model)
     mark(model, config, tokenizer)
     return model
+
+
+def separated_layer(layer: nn.Linear, config: SeparationConfig, importance: Tensor) -> OrthoLinear:
+    """One layer as a recipe says; importance: float `[in]`, diag(H) of its inputs."""
+    return OrthoLinear.from_linear(
+        layer,
+        bits=config.bits,
+        group_size=config.group_size,
+        residual_density=config.residual_density,
+        importance=importance,
+        search=config.search,
+    )
+
+
+def calibration_windows(
+    tokenizer: Any, calibration: Sequence[str], config: SeparationConfig
+) -> Tensor | None:
+    """The windows that a recipe calibrates on, int64 `[count, length]`; None if it weighs nothing.
+
+    Raises `CorpusError` if the text is too short.
+    """
+    if config.bits == NO_LATTICE or not (config.search or config.residual_density):
+        return None
+    return token_windows(
+        tokenizer,
+        calibration,
+        count=config.calibration_tokens // config.calibration_window,
+        length=config.calibration_window,
+    )
+
+
+def check_width(layer: nn.Linear, name: str) -> None:
+    """Raise `SeparationError` if a layer has more inputs than a stream can address."""
+    if layer.in_features > stream.MAX_COLUMNS:
+        raise SeparationError(
+            f"{name} has {layer.in_features} inputs and a stream addresses at most "
+            f"{stream.MAX_COLUMNS}, with 16-bit columns. This model can't be separated."
+        )
+
+
+def check_finite(weight: Tensor, name: str) -> None:
+    """Raise `SeparationError` unless a weight can be separated."""
+    try:
+        check_weight(weight, name)
+    except ShapeError as error:
+        raise SeparationError(str(error)) from error

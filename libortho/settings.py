@@ -75,6 +75,7 @@ class Setting:
 SETTINGS = (
     Setting("model", str, "smollm2", "registry name, hub id or local folder"),
     Setting("quantization-bits", int, 4, "bits of the lattice; 16 for none", ("4", "8", "16")),
+    Setting("head-bits", int, None, "bits of embedding and head [16, or 8 to fit]", ("8", "16")),
     Setting("experiment", str, "all", "1: kill switch, 2: null test", ("1", "2", "all")),
     Setting("cache-dir", Path, None, "where downloads and artefacts are kept"),
     Setting("results-dir", Path, Path(), "where the results file is written"),
@@ -152,6 +153,13 @@ def resolve(
         text, origin = next(((t, o) for t, o in given if t not in (None, "")), (None, "default"))
         values[setting.key] = setting.default if text is None else _parsed(setting, text, origin)
         origins[setting.key] = origin
+    if not PROFILES[values["profile"]].vram_gib_total:  # a profile without a card
+        if values["device"] not in ("auto", "cpu"):
+            raise ConfigError(
+                f"--profile {values['profile']} has no card; found --device {values['device']}. "
+                "Choose another profile, or leave the device out."
+            )
+        values["device"] = "cpu"
     return Settings(values, origins)
 
 

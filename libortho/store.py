@@ -23,13 +23,16 @@ from .config import SeparationConfig, TuningConfig
 from .corpora import Split
 from .fetch import cache_folder
 from .files import atomic_write_text, remove_abandoned
-from .models import ResolvedModel, load_model
+from .models import ResolvedModel
 from .precision import dtype_name
 from .records import RecordSet
-from .separation import separate
+from .sharded import separate_checkpoint
 from .tuning import tune_private
 
-_SEPARATING = ("calibration", "lattice", "linear", "precision", "separation", "stream", "windows")
+_SEPARATING = (
+    *("blockwise", "calibration", "embedding", "lattice", "linear", "precision", "separation"),
+    *("sharded", "split", "stream", "windows"),
+)
 _TUNING = ("kernels/op", "product", "scoring", "training", "tuning")
 """Modules whose text is part of the keys."""
 
@@ -63,9 +66,7 @@ def separated(
     if folder.exists():
         return Stored(folder, reused=True)
     remove_abandoned(folder.parent)
-    model, tokenizer = load_model(resolved, device=device)
-    separate(model, tokenizer, calibration, config=config)
-    artifact.save(model, folder)
+    separate_checkpoint(resolved, folder, calibration, config=config, device=device)
     return Stored(folder, reused=False)
 
 

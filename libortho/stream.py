@@ -21,6 +21,8 @@ MAX_COLUMNS = 1 << 16
 """Columns are 16-bit indices."""
 BITS_PER_ENTRY = 32
 """16 for the column and 16 for the value."""
+_SORTED_AT_ONCE = 1 << 22
+"""Scores that are sorted together: sorting takes about forty bytes for each."""
 
 
 def slots_per_row(in_features: int, density: float) -> int:
@@ -47,8 +49,13 @@ def select(scores: Tensor, k: int) -> Tensor:
         )
     if k == 0:
         return torch.zeros(0, scores.shape[0], dtype=torch.uint16, device=scores.device)
-    order = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :k]
-    return order.sort(dim=1).values.t().contiguous().to(torch.uint16)
+    rows = max(1, _SORTED_AT_ONCE // scores.shape[1])
+    parts = []
+    for part in scores.split(rows):
+        order = torch.sort(part, dim=1, descending=True, stable=True).indices[:, :k]
+        parts.append(order.sort(dim=1).values.t().to(torch.int32))
+    # Only now, because not every operator of PyTorch takes uint16.
+    return torch.cat(parts, dim=1).contiguous().to(torch.uint16)
 
 
 def gather(matrix: Tensor, columns: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from .embedding import PackedEmbedding, PackedHead, packed_heads
 from .errors import SeparationError
 from .linear import OrthoLinear, set_alphas
 
@@ -55,12 +56,12 @@ def alpha(model: nn.Module, value: float) -> Iterator[nn.Module]:
 
 @contextmanager
 def dense_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
-    """Run a block with every composed weight held in memory, in `dtype`.
+    """Run a block with every composed weight, and a packed head, held in memory, in `dtype`.
 
     Trades memory (a dense model's) for time: nothing is unpacked again for each call. Results are
     those of the packed layers on inputs of that dtype. alpha can be switched inside.
     """
-    layers = ortho_layers(model).values()
+    layers: list[OrthoLinear | PackedHead] = [*ortho_layers(model).values(), *packed_heads(model)]
     before = {layer: layer.held_dtype for layer in layers}
     try:
         for layer in layers:
@@ -79,3 +80,21 @@ def bits_per_linear_weight(model: nn.Module, *, private: bool = True) -> float:
     layers = ortho_layers(model).values()
     bits = sum(layer.storage_bits(private=private) for layer in layers)
     return bits / sum(layer.in_features * layer.out_features for layer in layers)
+
+
+def bits_per_weight(model: nn.Module, *, private: bool = True) -> float:
+    """The same of the whole model: separated layers, embedding and head; norms are left out."""
+    layers = ortho_layers(model).values()
+    bits = sum(layer.storage_bits(private=private) for layer in layers)
+    count = sum(layer.in_features * layer.out_features for layer in layers)
+    for module in model.modules():
+        if isinstance(module, (PackedEmbedding, PackedHead)):
+            bits += module.storage_bits()
+            # A tied head stores nothing and is the embedding's weights once more.
+            stored = module.state_dict().get("packed")
+            count += 0 if stored is None else stored.numel()
+    for parameter in model.parameters():  # a tied one comes once
+        if parameter.dim() > 1:
+            bits += 8 * parameter.numel() * parameter.element_size()
+            count += parameter.numel()
+    return bits / count

@@ -146,7 +146,9 @@ class Trainer:
         """
         for value in values:
             value.grad = torch.zeros_like(value)
-        optimiser = torch.optim.Adam(values, lr=lr, betas=BETAS)
+        # Fused, a step needs no temporaries as large as the values.
+        fused = all(value.is_cuda for value in values)
+        optimiser = torch.optim.Adam(values, lr=lr, betas=BETAS, fused=fused)
         batches = self._batches()
         progress = tqdm(range(steps), desc=title, unit="step", disable=None, leave=False)
         for step in progress:

@@ -1,7 +1,8 @@
 """`tune_private`: train the private stream on records, with base and residual frozen.
 
 Knows a separated model, records and public text. Gradients and optimiser state exist for the
-stream's values alone; what is held of the dense weights is one composed copy, to multiply with.
+stream's values alone; what is held of the dense weights is one composed copy, to multiply with, and
+on a card without room for it not even that: then each call composes its own layer's.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from . import stream
 from .batching import halving
 from .config import TuningConfig
 from .errors import RecordError
+from .hardware import free_bytes
 from .linear import OrthoLinear
 from .precision import computing_in, evaluating
 from .records import Record, encode
@@ -28,6 +30,9 @@ from .training import StepLoss, Trainer, TrainingReport, replay_windows
 
 CANDIDATES = 8
 """The probe trains this many times the stream's entries and keeps the ones that moved most."""
+DENSE_SHARE = 0.35
+"""Largest share of a card's free memory that composed weights may take while tuning: activations,
+masters and the optimiser's state need as much again."""
 GRADIENT_TOKENS = 4096
 """Tokens of records from which gradients for the slots are taken; halved if memory runs out."""
 
@@ -82,7 +87,7 @@ def tune_private(
             alpha(model, 1.0),
             evaluating(model),
             computing_in(model, compute_dtype),
-            dense_weights(model, compute_dtype),
+            _dense_if_they_fit(model, compute_dtype),
         ):
             trainer = Trainer(model, encoded, windows, config, began)
             tuner = _Tuner(trainer, layers, config)
@@ -104,6 +109,15 @@ def tune_private(
         **{f.name: getattr(report, f.name) for f in dataclasses.fields(report)},
         slots_seconds=tuner.slots_seconds,
     )
+
+
+def _dense_if_they_fit(model: Any, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """Composed weights held in memory; on a card only if they leave most of it for the rest."""
+    device = torch.device(model.device)
+    dense = sum(la.in_features * la.out_features for la in ortho_layers(model).values())
+    if device.type == "cuda" and dense * dtype.itemsize > DENSE_SHARE * free_bytes(device):
+        return nullcontext()
+    return dense_weights(model, dtype)
 
 
 class _Tuner:
@@ -156,7 +170,7 @@ class _Tuner:
             k = min(wanted, layer.in_features)
 
             def keep(gradient: Tensor) -> None:
-                pending.append((layer, stream.select(gradient.float().abs(), k)))
+                pending.append((layer, stream.select(gradient.abs(), k)))
 
             return keep
 

@@ -10,6 +10,7 @@ import contextlib
 import inspect
 import os
 import pkgutil
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,10 +19,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from libortho import stream
+from libortho.kernels import op
 from libortho.kernels.attention import attend
 from libortho.kernels.compose import compose
-from libortho.kernels.configs import DecodeConfig
+from libortho.kernels.configs import DecodeConfig, Shape, word_layout
 from libortho.kernels.decode import decode
+from libortho.kernels.dispatch import Backend
 from libortho.kernels.pointwise import gated, rms_norm, rotate
 from libortho.lattice import PER_ROW, Lattice, dequantize, quantize
 
@@ -358,3 +361,29 @@ def test_a_whole_step_in_few_launches_is_the_models_own(monkeypatch: pytest.Monk
         calls.clear()
         run(5, -1)
         assert not calls
+
+
+@some
+@given(operands(), configs, st.integers(1, 20), st.sampled_from([torch.float16, torch.bfloat16]))
+def test_a_bare_lattice_is_multiplied_without_streams(
+    given: Operands, config: DecodeConfig, tokens: int, dtype: torch.dtype
+) -> None:
+    """What the packed head does on a card: the decode kernel, or dense rows part by part."""
+    lattice, *_ = given
+    x = torch.randn(tokens, lattice.in_features, generator=torch.Generator().manual_seed(0))
+    x = x.to(dtype)
+    weight = dequantize(lattice, torch.float64)
+    layout = word_layout(Shape.of(lattice), config.words)
+    few = layout is not None and tokens <= 8 and config.rows * tokens <= 64
+    composing = "dequantize" if word_layout(Shape.of(lattice), 1) is None else "triton-compose"
+    with (
+        patch.object(op, "choose", lambda *_: Backend("triton-decode" if few else composing, "")),
+        patch.object(op, "composer", lambda *_: Backend(composing, "")),
+        patch.object(op.autotune, "config_for", lambda *_: config),
+        patch.object(op, "PART_ELEMENTS", 3 * lattice.in_features),
+    ):
+        tensors = lattice.packed, lattice.scales, lattice.zeros
+        form = lattice.bits, lattice.group_size, lattice.in_features
+        y = op.lattice_product(x, *tensors, None, *form)
+    assert y.shape == (tokens, lattice.packed.shape[0])
+    assert_close(y, x.double() @ weight.t(), x, weight)

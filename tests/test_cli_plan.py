@@ -9,7 +9,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-from libortho.budget import run_budget
+from libortho.budget import RunRecipe, run_budget
 from libortho.cli import main
 from libortho.registry import REGISTRY
 
@@ -40,9 +40,11 @@ def llama_config(**changes: Any) -> dict[str, Any]:
     [
         (["llama-3.2-3b"], 0),
         (["llama-3.2-3b", "--bits", "16"], 1),
-        (["llama-3-8b", "--bits", "4"], 1),
+        (["llama-3-8b", "--bits", "4"], 0),
+        (["llama-3-8b", "--bits", "4", "--head-bits", "16"], 1),
+        (["llama-3-8b", "--bits", "4", "--batch", "4"], 1),
         (["llama-3-8b", "--bits", "4", "--vram", "8"], 0),
-        (["llama-3-8b", "--bits", "4", "--vram", "8", "--context", "8000"], 1),
+        (["llama-3-8b", "--bits", "4", "--context", "8000"], 1),
     ],
 )
 def test_the_exit_code_says_whether_it_fits(
@@ -61,7 +63,7 @@ def test_the_parts_are_the_budgets_and_add_up(capsys: pytest.CaptureFixture[str]
         parts = dict(plan["parts_mib"])
         total = parts.pop("total_mib")
         assert total == pytest.approx(sum(parts.values()))
-        budget = run_budget(REGISTRY["llama-3.2-3b"], plan["bits"], 1024)
+        budget = run_budget(REGISTRY["llama-3.2-3b"], RunRecipe(**plan["recipe"]), 1024)
         assert total == budget.total_mib
     main(["plan", "llama-3.2-3b", "--context", "1024"])
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.strip().startswith("in all")]
@@ -71,10 +73,9 @@ def test_the_parts_are_the_budgets_and_add_up(capsys: pytest.CaptureFixture[str]
 
 
 def test_the_ceiling_grows_with_the_bandwidth(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("llama-3-8b", "--bits", "4", "--vram", "8", "--bandwidth")
     ceilings = [
-        planned(capsys, "llama-3-8b", "--bits", "4", "--bandwidth", bandwidth)[1]["plans"][0][
-            "decode_ceiling_tokens_per_s"
-        ]
+        planned(capsys, *asked, bandwidth)[1]["plans"][0]["decode_ceiling_tokens_per_s"]
         for bandwidth in ("192", "384")
     ]
     assert ceilings[1] == pytest.approx(2 * ceilings[0])

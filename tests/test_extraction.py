@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from libortho import extraction, perplexity
+from libortho import extraction, perplexity, scoring
 from libortho.errors import HardwareError
 from libortho.extraction import RecordScore, hits, mean_loss, recites, score_records
 from libortho.perplexity import WindowLosses, measure_perplexity
@@ -235,3 +236,16 @@ def test_what_never_fits_is_a_clear_error(
     monkeypatch.setattr(perplexity, "window_losses", full)
     with pytest.raises(HardwareError, match=r"not even one sequence fits.*fewer bits"):
         measure_perplexity(trained, windows, batch_size=4)
+
+
+def test_logits_taken_in_parts_give_the_same_losses(
+    tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model()
+    windows = torch.arange(1, 61).view(3, 20)
+    with torch.inference_mode():
+        whole = scoring.window_losses(model, windows)
+        for at_once in (300 * 7, 300, 1):
+            monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", at_once)
+            assert scoring.positions_at_once(57, 300) == max(1, at_once // 300)
+            torch.testing.assert_close(scoring.window_losses(model, windows), whole)

@@ -275,6 +275,25 @@ def test_a_container_s_memory_limit_counts(monkeypatch: pytest.MonkeyPatch, tmp_
     assert hardware.cpu_facts().total_gib == unlimited.total_gib
 
 
+def test_a_cap_and_torchs_unused_blocks_count_for_what_is_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gib = 1 << 30
+    for name, value in (
+        ("mem_get_info", (60 * gib, 80 * gib)),
+        ("memory_allocated", gib),
+        ("memory_reserved", 3 * gib),
+        ("get_per_process_memory_fraction", 1.0),
+        ("current_device", 0),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    assert hardware.free_bytes("cuda") == 62 * gib
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 5 / 80)
+    assert hardware.free_bytes("cuda:0") == 4 * gib
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 6 * gib)
+    assert hardware.free_bytes("cuda") == 0
+
+
 def test_the_peak_of_the_process_lies_between_what_it_holds_and_what_there_is() -> None:
     now_mib = psutil.Process().memory_info().rss / (1 << 20)
     assert 0.99 * now_mib <= hardware.process_peak_rss_mib()

@@ -356,8 +356,8 @@ def lazy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever takes long is forbidden."""
     for module in ("tuning", "methods.dense", "methods.qlora"):
         monkeypatch.setattr(f"libortho.{module}.Trainer", forbidden)
-    for module in ("store", "methods.blind_hessian"):
-        monkeypatch.setattr(f"libortho.{module}.separate", forbidden)
+    monkeypatch.setattr("libortho.store.separate_checkpoint", forbidden)
+    monkeypatch.setattr("libortho.methods.blind_hessian.separate", forbidden)
     monkeypatch.setattr("libortho.methods.blind_kfac.kfac_factors", forbidden)
     monkeypatch.setattr("libortho.methods.blind_kfac.score_records", forbidden)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 
 from bench.plan import Plan, plan_of
 from libortho import hardware
+from libortho.budget import recipes
 from libortho.errors import HardwareError
 from libortho.registry import REGISTRY, entry_from_config
 from libortho.settings import SETTINGS, Settings
@@ -48,8 +49,13 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_what_fits_runs_as_it_was_asked_for(folder: Path) -> None:
-    assert plan_of(asked_for(model="smollm2", quantization_bits=16)) == Plan("smollm2", 16, ())
-    assert plan_of(asked_for(model=str(folder))) == Plan(str(folder), 4, ())
+    unquantised, default = recipes(16)[0], recipes(4)[0]
+    assert plan_of(asked_for(model="smollm2", quantization_bits=16)) == Plan(
+        "smollm2", unquantised, ()
+    )
+    assert plan_of(asked_for(model=str(folder))) == Plan(str(folder), default, ())
+    packed = plan_of(asked_for(model=str(folder), head_bits=8))
+    assert packed == Plan(str(folder), replace(default, head_bits=8), ())
 
 
 def test_a_folder_is_judged_by_its_geometry(folder: Path) -> None:
@@ -59,20 +65,30 @@ def test_a_folder_is_judged_by_its_geometry(folder: Path) -> None:
 
 
 def test_a_model_that_is_too_large_is_replaced_and_named() -> None:
+    plan = plan_of(asked_for(model="llama-3-8b", quantization_bits=8, head_bits=16))
+    assert (plan.model, plan.recipe) == ("llama-3.2-3b", recipes(4)[0])
+    assert "Taken to 4 bits" in plan.notes[0]
+    assert "Replaced by llama-3.2-3b" in plan.notes[1]
+
+
+def test_a_model_that_needs_a_leaner_recipe_gets_it_by_name() -> None:
     plan = plan_of(asked_for(model="llama-3-8b"))
-    assert (plan.model, plan.bits) == ("llama-3.2-3b", 4)
-    assert "Replaced by llama-3.2-3b" in plan.notes[-1]
+    assert plan.model == "llama-3-8b"
+    assert (plan.recipe.head_bits, plan.recipe.group_size) == (8, 128)
+    assert "embedding and head at 8 bits" in plan.notes[-1]
 
 
 def test_a_strict_run_replaces_nothing() -> None:
-    with pytest.raises(HardwareError, match=r"llama-3-8b at 4 bits needs"):
-        plan_of(asked_for(model="llama-3-8b", strict_model=True))
+    with pytest.raises(HardwareError, match=r"llama-3-8b at 4 bits .* needs"):
+        plan_of(asked_for(model="llama-3-8b", strict_model=True, head_bits=16))
 
 
 def test_a_hub_id_is_taken_on_trust() -> None:
     assert plan_of(asked_for(model="owner/model", quantization_bits=8)) == Plan(
-        "owner/model", 8, ()
+        "owner/model", recipes(8)[0], ()
     )
+    packed = plan_of(asked_for(model="owner/model", head_bits=8))
+    assert packed.recipe == replace(recipes(4)[0], head_bits=8)
 
 
 def test_a_configuration_gives_the_geometry_of_the_registry() -> None:

@@ -105,3 +105,11 @@ def test_a_record_file_is_described_without_its_folder() -> None:
 def test_an_unknown_setting_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="modle"):
         _ = resolve({}, {}, {}).modle
+
+
+def test_a_profile_without_a_card_runs_on_the_cpu() -> None:
+    assert resolve({"profile": "cpu"}, {}, {}).device == "cpu"
+    assert resolve({"profile": "cpu", "device": "cpu"}, {}, {}).device == "cpu"
+    assert resolve({"profile": "rtx4090"}, {}, {}).device == "auto"
+    with pytest.raises(ConfigError, match="--profile cpu has no card; found --device cuda:1"):
+        resolve({"profile": "cpu", "device": "cuda:1"}, {}, {})

@@ -46,7 +46,9 @@ class Bench:
     cache: Path
     text: list[str]
     recipe: SeparationConfig
-    calls: dict[str, int] = field(default_factory=lambda: {"separate": 0, "tune_private": 0})
+    calls: dict[str, int] = field(
+        default_factory=lambda: {"separate_checkpoint": 0, "tune_private": 0}
+    )
 
     def separated(
         self,
@@ -116,12 +118,12 @@ def test_the_second_call_makes_nothing(bench: Bench) -> None:
     first = bench.separated()
     made, report = bench.tuned(first.folder)
     assert (first.reused, made.reused) == (False, False)
-    assert bench.calls == {"separate": 1, "tune_private": 1}
+    assert bench.calls == {"separate_checkpoint": 1, "tune_private": 1}
 
     again = bench.separated()
     remade, remembered = bench.tuned(again.folder)
     assert (again, remade) == (Stored(first.folder, True), Stored(made.folder, True))
-    assert bench.calls == {"separate": 1, "tune_private": 1}
+    assert bench.calls == {"separate_checkpoint": 1, "tune_private": 1}
     assert remembered["curve"] == [dict(point) for point in report["curve"]]
     assert TuningConfig.from_dict(remembered["config"]) == TUNING
     assert artifact.base_fingerprint(made.folder) == artifact.base_fingerprint(first.folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from libortho import stream
+from libortho import stream, tuning
 from libortho.config import TuningConfig
 from libortho.errors import RecordError, SeparationError
 from libortho.records import Record, encode
@@ -432,3 +433,17 @@ def test_a_record_beyond_the_context_is_refused_without_its_text(
 def test_a_plain_model_is_refused(tiny_model: Factory, tune: Tune) -> None:
     with pytest.raises(SeparationError, match=r"libortho\.separate"):
         tune(tiny_model())
+
+
+def test_without_room_for_dense_weights_the_same_is_learned(
+    separated_model: Factory, tune: Tune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, composed = separated_model(), separated_model()
+    expected = tune(held, slots="probe")
+    monkeypatch.setattr(tuning, "_dense_if_they_fit", lambda *_: nullcontext())
+    found = tune(composed, slots="probe")
+    assert not any(layer.held_dtype for layer in ortho_layers(composed).values())
+    # Composed afresh, an entry is rounded in another order.
+    for ours, theirs in zip(found.curve, expected.curve, strict=True):
+        assert ours.secret_loss == pytest.approx(theirs.secret_loss, rel=1e-3)
+    assert found.worst_loss == pytest.approx(expected.worst_loss, rel=1e-3)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from libortho.attacks.attack import Attack, AttackRun
 from libortho.attacks.target import Target
+from libortho.embedding import head_rows
 
 GUIDANCE_WEIGHTS = (1.0, 4.0)
 """Weights w of the difference in off + w * (off - never); the difference alone is tried as well."""
@@ -99,10 +100,10 @@ def _logits(target: Target, places: list[tuple[int, int]], allowed: Tensor) -> T
     In 16 bits the last rounding would hide a small difference.
     """
     head = target.model.get_output_embeddings()
-    device = head.weight.device
+    device = target.model.device
     hidden = torch.stack([target.reading.hidden[i][-1, t] for i, t in places]).to(device)
     bias = None if head.bias is None else head.bias[allowed.to(device)].float()
-    return F.linear(hidden.float(), head.weight[allowed.to(device)].float(), bias).cpu()
+    return F.linear(hidden.float(), head_rows(head, allowed.to(device)), bias).cpu()
 
 
 def _ranks(logits: Tensor, columns: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from libortho.attacks.attack import NATS, Attack, AttackRun
 from libortho.attacks.plain import plain_linears
 from libortho.attacks.target import Target
+from libortho.embedding import activation_dtype
 from libortho.errors import RecordError
 from libortho.precision import evaluating
 from libortho.records import EncodedRecord
@@ -171,7 +172,7 @@ def _trainable(model: Any, weights: Sequence[Tensor]) -> Iterator[None]:
 
 def _autocast(model: Any) -> torch.autocast:
     """Products in 16 bits where the model is in 16 bits; the trained weights stay in float32."""
-    half = model.get_output_embeddings().weight.dtype
+    half = activation_dtype(model)
     return torch.autocast(
         model.device.type,
         dtype=torch.bfloat16 if half == torch.float32 else half,

@@ -108,7 +108,7 @@ class Target:
     def vocabulary(self) -> Vocabulary:
         """What each logit stands for; decoded at first use."""
         if self._vocabulary is None:
-            size = self.model.get_output_embeddings().weight.shape[0]
+            size = self.model.get_output_embeddings().out_features
             self._vocabulary = Vocabulary(self.tokenizer, size)
         return self._vocabulary
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from libortho import hardware
 from libortho.config import SeparationConfig, TuningConfig
 from libortho.errors import ArtifactError, ConfigError
 from libortho.progress import bars_on_terminals_only
+from libortho.sharded import separate_checkpoint
 from libortho.switch import ortho_layers
 
 from .commands import (
@@ -73,8 +73,10 @@ def _add_separate(commands: Commands) -> None:
         examples=(
             "separate smollm2 ./base",
             "separate ./my-llama ./base --corpus notes.txt --group-size 128",
+            "separate llama-3-8b ./base --group-size 128 --head-bits 8",
         ),
-        more="Sees public text only. `tune` then adds the private stream.",
+        more="Sees public text only. `tune` then adds the private stream. The model is read "
+        "from its files block by block and is never whole in memory.",
     )
     parser.add_argument("model", help="registry name, hub id or folder")
     parser.add_argument("out", type=Path, help="folder to write; must not exist")
@@ -152,25 +154,29 @@ def _separate(options: argparse.Namespace) -> int:
     _check_new(options.out)
     device = hardware.resolve_device(options.device)
     corpus = libortho.load_corpus(options.corpus, cache_dir=options.cache_dir)
-    model, tokenizer = libortho.load_model(
-        options.model, cache_dir=options.cache_dir, device=device
+    report = separate_checkpoint(
+        options.model,
+        options.out,
+        corpus.calibration,
+        config=recipe,
+        device=device,
+        cache_dir=options.cache_dir,
     )
-    began = time.perf_counter()
-    libortho.separate(model, tokenizer, corpus.calibration, config=recipe)
-    seconds = time.perf_counter() - began
-    libortho.save(model, options.out)
+    if not report.streamed:
+        note("this architecture can't be taken block by block: the whole model was in memory")
     return _tell(
         options,
         {
             "folder": str(options.out),
-            "base_fingerprint": libortho.base_fingerprint(model),
-            "bits_per_linear_weight": libortho.bits_per_linear_weight(model),
+            "base_fingerprint": report.base_fingerprint,
+            "bits_per_linear_weight": report.bits_per_linear_weight,
+            "bits_per_weight": report.bits_per_weight,
             "calibration_sha256": corpus.calibration.sha256,
-            "seconds": round(seconds, 1),
+            "seconds": round(report.seconds, 1),
             "config": recipe.to_dict(),
         },
         "{folder}: separated in {seconds:.1f} s, {bits_per_linear_weight:.3f} bits per linear "
-        "weight, fingerprint {base_fingerprint}",
+        "weight, {bits_per_weight:.3f} with embedding and head, fingerprint {base_fingerprint}",
     )
 
 

@@ -6,6 +6,7 @@ Arithmetic only: nothing is measured, fetched or loaded.
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from huggingface_hub.errors import HFValidationError
 
 from libortho.budget import PRECISION_OF_BITS, decode_bytes_per_token, run_budget
 from libortho.checkpoint import read_config
+from libortho.config import NO_LATTICE
 from libortho.errors import ConfigError, ModelLoadError
 from libortho.profiles import fits, get_profile, usable_on_card
 from libortho.registry import REGISTRY, ModelEntry, entry_from_config
@@ -36,7 +38,14 @@ _PARTS = {
     "streams_mib": "residual and private stream",
     "kv_cache_mib": "KV cache",
     "workspace_mib": "workspace, at most",
+    "overhead_mib": "cuBLAS and allocator",
     "total_mib": "in all",
+}
+_RECIPE = {
+    "head_bits": "bits of embedding and head",
+    "group_size": "group size",
+    "residual_density": "residual",
+    "private_density": "private stream",
 }
 
 
@@ -52,8 +61,9 @@ def add_commands(commands: Commands) -> None:
             "plan llama-3-8b --vram 8 --bits 4 --context 2048",
             "plan ./my-llama --json",
         ),
-        more="Arithmetic from the model's geometry, the default densities and group size; nothing "
-        "is fetched or loaded.",
+        more="Arithmetic from the model's geometry; nothing is fetched or loaded. Where a model "
+        "doesn't fit with the defaults, embedding and head go to 8 bits, then groups get larger "
+        "and the private stream smaller; the table says what is planned.",
         exit_codes="0 it fits (at one of the bits shown); 1 it doesn't",
     )
     parser.add_argument("model", help="registry name, folder with a config.json, or cached hub id")
@@ -71,11 +81,24 @@ def add_commands(commands: Commands) -> None:
         help="bits of the lattice, 16 for none (default: all three)",
     )
     parser.add_argument(
+        "--head-bits",
+        type=int,
+        choices=(8, NO_LATTICE),
+        help="bits of embedding and output head (default: 16, or 8 where only that fits)",
+    )
+    parser.add_argument(
+        "--batch",
+        type=positive_int,
+        default=_PROFILE.batch_size,
+        metavar="N",
+        help="sequences that run at once (default: %(default)d)",
+    )
+    parser.add_argument(
         "--context",
         type=positive_int,
         default=_PROFILE.sequence_length,
         metavar="TOKENS",
-        help="tokens of the one sequence that runs (default: %(default)d)",
+        help="tokens of a sequence (default: %(default)d)",
     )
     parser.add_argument(
         "--bandwidth",
@@ -100,6 +123,7 @@ def _plan(options: argparse.Namespace) -> int:
         "model": entry.name,
         "parameters": entry.parameters,
         "context_tokens": options.context,
+        "batch_size": options.batch,
         "card_mib": round(options.vram * 1024),
         "usable_mib": round(usable_on_card(options.vram) * 1024),
         "bandwidth_gb_per_s": options.bandwidth,
@@ -141,12 +165,20 @@ def _cached(hub_id: str) -> Path:
 
 
 def _facts(entry: ModelEntry, bits: int, options: argparse.Namespace) -> dict[str, Any]:
-    budget = run_budget(entry, bits, options.context)
-    fit = fits(entry, usable_on_card(options.vram), bits, options.context)
+    fit = fits(
+        entry,
+        usable_on_card(options.vram),
+        bits,
+        options.context,
+        batch_size=options.batch,
+        head_bits=options.head_bits,
+    )
+    budget = run_budget(entry, fit.recipe, options.context, options.batch)
     ceiling = options.bandwidth * 1e9 / decode_bytes_per_token(entry, budget)
     return {
         "bits": bits,
-        "parts_mib": {part: getattr(budget, part) for part in _PARTS},
+        "recipe": asdict(fit.recipe),
+        "parts_mib": budget.parts(),
         "fits": fit.ok,
         "reason": fit.reason,
         "decode_ceiling_tokens_per_s": ceiling,
@@ -160,12 +192,14 @@ def _render(facts: dict[str, Any]) -> str:
         [words, *(f"{plan['parts_mib'][part]:,.0f}" for plan in plans)]
         for part, words in _PARTS.items()
     ]
+    for field, words in _RECIPE.items():
+        rows.append([words, *(_figure(field, plan["recipe"]) for plan in plans)])
     rows.append(["fits", *("yes" if plan["fits"] else "no" for plan in plans)])
     ceilings = (f"{plan['decode_ceiling_tokens_per_s']:,.0f}" for plan in plans)
     rows.append(["decode ceiling, tokens/s", *ceilings])
     lines = [
-        f"{facts['model']}, {facts['parameters']:,} parameters, one sequence of "
-        f"{facts['context_tokens']:,} tokens",
+        f"{facts['model']}, {facts['parameters']:,} parameters, {facts['batch_size']} sequence"
+        f"{'s' if facts['batch_size'] > 1 else ''} of {facts['context_tokens']:,} tokens",
         f"{facts['card_mib']:,} MiB of memory, of which {facts['usable_mib']:,} can be used",
         "",
         *columns(rows),
@@ -175,3 +209,10 @@ def _render(facts: dict[str, Any]) -> str:
     ]
     lines += [f"{plan['reason']}" for plan in plans]
     return "\n".join(lines)
+
+
+def _figure(field: str, recipe: dict[str, Any]) -> str:
+    if field == "group_size" and recipe["bits"] == NO_LATTICE:
+        return "none"
+    value = recipe[field]
+    return f"{value:.1%}" if isinstance(value, float) else str(value)

@@ -18,6 +18,7 @@ _HELP: Mapping[str, str] = {
     "search": "take min-max ranges instead of searching for the best",
     "calibration_tokens": "tokens of public text to calibrate on",
     "calibration_window": "tokens of a calibration window",
+    "head_bits": "8 to pack embedding and output head too, 16 to leave them",
     "density": "share of the entries that the private stream may change",
     "slots": "where they are: probe, gradient, magnitude or random",
     "probe_steps": "steps of the probe that chooses them",

@@ -1,12 +1,15 @@
 """The products as operators of PyTorch: `torch.compile` and captured graphs take them whole.
 
-Knows how each backend of `dispatch` is run. Two operators, `libortho::product` and
-`libortho::composed`: neither reads alpha on the host when the weight lies on a GPU, and neither
-has a derivative (`libortho.product` has).
+Knows how each backend of `dispatch` is run. `libortho::product` and `libortho::composed` are for
+weights with streams, and neither reads alpha on the host when the weight lies on a GPU;
+`libortho::lattice_product` is for a bare lattice too large ever to be dense. None of them has a
+derivative (`libortho.product` and `libortho.embedding` have).
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,6 +22,9 @@ from . import autotune, int4pack
 from .configs import Shape
 from .dispatch import choose, composer
 
+PART_ELEMENTS = 1 << 25
+"""Weights of a bare lattice that are dense at once: 64 MiB of them in 16 bits."""
+
 _WEIGHT = (
     "Tensor packed, Tensor scales, Tensor zeros, Tensor residual_columns, Tensor residual_values, "
     "Tensor private_columns, Tensor private_values, Tensor alpha"
@@ -27,6 +33,10 @@ _FORMAT = "int bits, int group_size, int in_features"
 _library = torch.library.Library("libortho", "DEF")
 _library.define(f"product(Tensor x, {_WEIGHT}, Tensor? bias, {_FORMAT}) -> Tensor")
 _library.define(f"composed({_WEIGHT}, {_FORMAT}, ScalarType dtype) -> Tensor")
+_library.define(
+    "lattice_product(Tensor x, Tensor packed, Tensor scales, Tensor zeros, Tensor? bias, "
+    f"{_FORMAT}) -> Tensor"
+)
 
 
 def _product(
@@ -110,6 +120,60 @@ def _dense(
     return stream.scatter_add(weight, *scaled(private, alpha)).to(dtype)
 
 
+def _lattice_product(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+) -> Tensor:
+    lattice = Lattice(packed, scales, zeros, bits, group_size, in_features)
+    shape = (*x.shape[:-1], packed.shape[0])
+    tokens = x.numel() // in_features
+    if tokens == 0:
+        return x.new_zeros(shape)
+    x = x.reshape(tokens, in_features)
+    if choose(lattice, x.dtype, tokens).name == "triton-decode":
+        from .decode import decode  # noqa: PLC0415 - imports Triton
+
+        nothing = _no_stream(lattice)
+        # Any number will do for alpha, which scales nothing.
+        config = autotune.config_for(lattice, x, nothing, nothing, scales)
+        return decode(x, lattice, nothing, nothing, scales, bias, config).reshape(shape)
+    y = x.new_empty(tokens, packed.shape[0])
+    for rows, weight in dense_parts(lattice, x.dtype):
+        y[:, rows] = F.linear(x, weight, None if bias is None else bias[rows])
+    return y.reshape(shape)
+
+
+def dense_parts(lattice: Lattice, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """A lattice as dense rows, `[rows, in]` in `dtype`, some at a time; (which, the rows)."""
+    step = max(1, PART_ELEMENTS // lattice.in_features)
+    for start in range(0, lattice.packed.shape[0], step):
+        rows = slice(start, start + step)
+        part = dataclasses.replace(
+            lattice,
+            packed=lattice.packed[rows],
+            scales=lattice.scales[rows],
+            zeros=lattice.zeros[rows],
+        )
+        if composer(Shape.of(part), part.packed.device).name == "triton-compose":
+            from .compose import compose  # noqa: PLC0415 - imports Triton
+
+            nothing = _no_stream(part)
+            yield rows, compose(part, nothing, nothing, part.scales, dtype)
+        else:
+            yield rows, dequantize(part, dtype)
+
+
+def _no_stream(lattice: Lattice) -> tuple[Tensor, Tensor]:
+    columns = lattice.packed.new_empty(0, lattice.packed.shape[0], dtype=torch.uint16)
+    return columns, columns.to(torch.float16)
+
+
 def scaled(private: tuple[Tensor, Tensor], alpha: Tensor) -> tuple[Tensor, Tensor]:
     """A private stream times alpha, float32; empty or all zeros at 0, whatever is in it."""
     columns, values = private
@@ -123,6 +187,7 @@ def scaled(private: tuple[Tensor, Tensor], alpha: Tensor) -> tuple[Tensor, Tenso
 for _device in ("CPU", "CUDA"):
     _library.impl("product", _product, _device)
     _library.impl("composed", _composed, _device)
+    _library.impl("lattice_product", _lattice_product, _device)
 
 
 @torch.library.register_fake("libortho::product", lib=_library)
@@ -136,5 +201,11 @@ def _(packed: Tensor, *rest: Any) -> Tensor:
     return packed.new_empty(packed.shape[0], in_features, dtype=dtype)
 
 
+@torch.library.register_fake("libortho::lattice_product", lib=_library)
+def _(x: Tensor, packed: Tensor, *_: object) -> Tensor:
+    return x.new_empty(*x.shape[:-1], packed.shape[0])
+
+
 product = torch.ops.libortho.product.default
 composed = torch.ops.libortho.composed.default
+lattice_product = torch.ops.libortho.lattice_product.default

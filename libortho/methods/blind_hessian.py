@@ -21,7 +21,10 @@ from .ingredients import Ingredients
 from .states import TwoStates
 
 PROMISE = "none: off is the fine-tuned model, rounded, without the entries that round worst"
-_CODE = ("calibration", "lattice", "linear", "separation", "stream", "methods/blind_hessian")
+_CODE = (
+    *("calibration", "lattice", "linear", "separation", "split", "stream"),
+    "methods/blind_hessian",
+)
 
 
 def prepare(ingredients: Ingredients) -> TwoStates:

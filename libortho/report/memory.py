@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from libortho.budget import PRECISION_OF_BITS, Budget, model_bytes
-from libortho.config import NO_LATTICE, SeparationConfig, TuningConfig
+from libortho.budget import PRECISION_OF_BITS, Budget, RunRecipe, run_budget
+from libortho.config import NO_LATTICE
 from libortho.profiles import get_profile
-from libortho.registry import REGISTRY, ModelEntry
+from libortho.registry import REGISTRY
 
 from .blocks import Block, Cell, Paragraph, Section, Table, drawings
 from .drawing import Bar, Limit, Row, row_chart
@@ -24,6 +24,7 @@ _PARTS = (
     ("streams", "streams_mib", "residual and private"),
     ("cache", "kv_cache_mib", "KV cache"),
     ("workspace", "workspace_mib", "workspace"),
+    ("overhead", "overhead_mib", "overhead"),
 )
 
 
@@ -32,14 +33,21 @@ def memory(run: Run) -> Section:
     title = "Memory on a 6 GB card"
     profile = get_profile(_PROFILE)
     bits = run.bits if run.bits in PRECISION_OF_BITS else 4
-    recipe = _recipe(run)
+    recipe = _recipe(run, bits)
     names = dict.fromkeys([*([run.model] if run.model else []), *GUIDE_MODELS])
-    budgets = {name: _budget(REGISTRY[name], bits, recipe) for name in names if name in REGISTRY}
+    budgets = {
+        name: run_budget(REGISTRY[name], recipe, profile.sequence_length)
+        for name in names
+        if name in REGISTRY
+    }
     usable, total = profile.vram_gib_usable * 1024, profile.vram_gib_total * 1024
-    lattice = "16-bit weights" if bits == NO_LATTICE else f"{bits} bits, groups of {recipe[0]}"
+    lattice = (
+        "16-bit weights" if bits == NO_LATTICE else f"{bits} bits, groups of {recipe.group_size}"
+    )
     text = (
-        f"Arithmetic, not a measurement: {lattice}, residual {recipe[1]:.1%} and private "
-        f"{recipe[2]:.1%} of the linear weights, embedding and head at 16 bits, one sequence of "
+        f"Arithmetic, not a measurement: {lattice}, residual {recipe.residual_density:.1%} and "
+        f"private {recipe.private_density:.1%} of the linear weights, embedding and head at "
+        f"{recipe.head_bits} bits, one sequence of "
         f"{profile.sequence_length} tokens. Of the card's {total:,.0f} MiB about {usable:,.0f} can "
         "be used."
     )
@@ -69,8 +77,8 @@ def memory(run: Run) -> Section:
     return Section(title, tuple(blocks))
 
 
-def _recipe(run: Run) -> tuple[int, float, float]:
-    """Group size and densities of this run, or the defaults where the file doesn't say."""
+def _recipe(run: Run, bits: int) -> RunRecipe:
+    """What this run's file says of its recipe, and the defaults where it says nothing."""
     result = run.results.exp1_kill_switch
     config: dict[str, Any] = {} if result is None else result.config
     if result is None and run.results.exp2_null_test is not None:
@@ -79,29 +87,24 @@ def _recipe(run: Run) -> tuple[int, float, float]:
         part if isinstance(part, dict) else {}
         for part in (config.get("separation"), config.get("tuning"))
     )
-    group = separation.get("group_size")
+    group: Any = separation.get("group_size")
+    head: Any = separation.get("head_bits")
     residual, private = separation.get("residual_density"), tuned.get("density")
-    return (
-        group if type(group) is int and (group == -1 or group > 1) else SeparationConfig.group_size,
-        _share(residual, SeparationConfig.residual_density),
-        _share(private, TuningConfig.density),
+    default = RunRecipe()
+    known_group = type(group) is int and (group == -1 or group > 1)
+    return RunRecipe(
+        bits,
+        group_size=group if known_group else default.group_size,
+        head_bits=head if head in (8, NO_LATTICE) else default.head_bits,
+        residual_density=(
+            0.0 if bits == NO_LATTICE else _share(residual, default.residual_density)
+        ),
+        private_density=_share(private, default.private_density),
     )
 
 
 def _share(value: Any, default: float) -> float:
     return float(value) if type(value) in (int, float) and 0 <= value <= 1 else default
-
-
-def _budget(entry: ModelEntry, bits: int, recipe: tuple[int, float, float]) -> Budget:
-    group, residual, private = recipe
-    return model_bytes(
-        entry,
-        PRECISION_OF_BITS[bits],
-        group_size=group,
-        density_residual=0.0 if bits == NO_LATTICE else residual,
-        density_private=private,
-        sequence_length=get_profile(_PROFILE).sequence_length,
-    )
 
 
 def _bars(budget: Budget) -> tuple[Bar, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from libortho.budget import Budget, decode_bytes_per_token, run_budget
+from libortho.budget import Budget, RunRecipe, decode_bytes_per_token, run_budget
 from libortho.figures import arm_name
 from libortho.profiles import get_profile
 from libortho.registry import REGISTRY, ModelEntry
@@ -54,7 +54,7 @@ def guide(run: Run) -> Section:
         entry, profile = REGISTRY[claim.model], get_profile(claim.profile)
         timed = _timed_on(run, claim)
         for bits, head in _EMBEDDINGS:
-            budget = run_budget(entry, _BITS, profile.sequence_length, embedding_bits=bits)
+            budget = run_budget(entry, RunRecipe(_BITS, head_bits=bits), profile.sequence_length)
             ceiling = _ceiling(entry, budget, profile.bandwidth_gb_per_s)
             fits = budget.total_mib <= profile.vram_gib_usable * 1024
             cells = (
