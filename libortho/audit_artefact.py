@@ -78,7 +78,7 @@ def audit_artefact(
         references=reshape_references(records.planted, seed=records.seed) if attacks else {},
         doses=DOSES if attacks else (),
     )
-    config = {"separation": separation.to_dict()}
+    config = {"artefact": Path(folder).absolute().name, "separation": separation.to_dict()}
     return run_audit(states, records, plan, model=public_model.name, config=config)
 
 

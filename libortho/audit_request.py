@@ -97,7 +97,7 @@ class AuditRequest:
         for name in ("model", "corpus", "seed", "device", "cache_dir"):
             value = getattr(self, name)
             if value != getattr(plain, name):
-                words += [f"--{name.replace('_', '-')}", str(value)]
+                words += [f"--{name.replace('_', '-')}", _shown(value)]
         words += [] if self.attacks else ["--no-attacks"]
         words += ["--relearn"] if self.relearn else []
         return shlex.join([*words, *more])
@@ -209,6 +209,11 @@ def _number(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.1f}"
 
 
-def _shown(path: Path) -> str:
-    """A path as one would type it here."""
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+def _shown(value: object) -> str:
+    """A value as one would type it here: a path below this folder without what is above."""
+    here = Path.cwd()
+    return (
+        f"./{Path(str(value)).relative_to(here)}"
+        if str(value).startswith(f"{here}/")
+        else str(value)
+    )

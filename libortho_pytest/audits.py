@@ -7,7 +7,8 @@ an audit is an `AuditRequest` of the library, put together from a case's words a
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,16 @@ from libortho import hardware
 from libortho.audit_request import AuditedArtefact, AuditRequest, NotShownPrivateError
 from libortho.corpora import KNOWN
 from libortho.errors import HardwareError, OrthoError
+from libortho.files import sha256_of
+from libortho.layout import BASE_MANIFEST, PRIVATE_MANIFEST
 from libortho.records import RecordSet
 from libortho.registry import REGISTRY
 from libortho.report import write_report
-from libortho.results import write_results
+from libortho.results import Results, write_results
 from libortho.settings import AUDIT_SETTINGS, Settings, resolve
 from libortho.summary import summary_lines
 
 from .plugin import option_sources, visible_progress, why_no_shared_gpu
-
-Recorder = Callable[[str, object], None]
 
 PROPERTIES = {
     "libortho.artefact": lambda audited: audited.request.artefact.name,
@@ -45,19 +46,18 @@ class Audits:
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
         self.settings: Settings = resolve(*option_sources(config), AUDIT_SETTINGS)
-        self.done: dict[AuditRequest, AuditedArtefact] = {}
+        self.done: dict[tuple[Any, ...], AuditedArtefact] = {}
         self.failures: list[str] = []
         self.notes: list[str] = []
 
-    def recorded_by(self, record: Recorder) -> Callable[..., AuditedArtefact]:
+    def recorded_in(self, properties: list[tuple[str, object]]) -> Callable[..., AuditedArtefact]:
         """What the fixture gives to a case: audits that leave their properties with it."""
 
         def ortho_audit(
             folder: str | Path, *, records: str | Path | RecordSet, **words: Any
         ) -> AuditedArtefact:
             audited = self.audit(folder, records, **words)
-            for name, value_of in PROPERTIES.items():
-                record(name, value_of(audited))
+            properties.extend((name, value_of(audited)) for name, value_of in PROPERTIES.items())
             return audited
 
         return ortho_audit
@@ -80,27 +80,31 @@ class Audits:
         Raises `HardwareError` where several processes would share a card, and otherwise as
         `AuditRequest.perform` does.
         """
-        words = locals()
-        said = {key: words[key] for key in ("attacks", "relearn", "seed", "device", "cache_dir")}
-        chosen = {k: self.settings.values[k] if v is None else v for k, v in said.items()}
-        if chosen["cache_dir"] is not None:
-            chosen["cache_dir"] = self._placed(chosen["cache_dir"])
+        cache = self._chosen("cache_dir", cache_dir)
         request = AuditRequest(
             artefact=self._placed(folder),
             records=records if isinstance(records, RecordSet) else self._placed(records),
-            model=self._named(model or self.settings.model, REGISTRY),
-            corpus=self._named(corpus or self.settings.corpus, KNOWN),
-            **chosen,
+            model=self._named(self._chosen("model", model), REGISTRY),
+            corpus=self._named(self._chosen("corpus", corpus), KNOWN),
+            attacks=self._chosen("attacks", attacks),
+            relearn=self._chosen("relearn", relearn),
+            seed=self._chosen("seed", seed),
+            device=self._chosen("device", device),
+            cache_dir=None if cache is None else self._placed(cache),
         )
         shared = why_no_shared_gpu(self.config)
         if shared and hardware.resolve_device(request.device) != "cpu":
             raise HardwareError(f"refused: {shared}")
-        if request not in self.done:
+        key = (request, *_contents(request))
+        if key not in self.done:
             with visible_progress(self.config):
-                self.done[request] = request.perform()
-        return self.done[request].held_to(
+                self.done[key] = request.perform()
+        return self.done[key].held_to(
             min_ratio=self.settings.min_privacy_ratio, required=self.settings.require_verdict
         )
+
+    def _chosen(self, key: str, said: Any) -> Any:
+        return self.settings.values[key] if said is None else said
 
     def _placed(self, path: str | Path) -> Path:
         """A path of a case: relative to the root folder, wherever pytest was started."""
@@ -113,7 +117,7 @@ class Audits:
 
     # --- the session's end ----------------------------------------------------------------------
 
-    def results(self) -> Any:
+    def results(self) -> Results:
         """A results record of all audits; there must be one."""
         first, *others = self.done.values()
         return first.results(("pytest", *self.config.invocation_params.args), *others)
@@ -121,12 +125,11 @@ class Audits:
     def finish(self) -> bool:
         """Write the results file and the report that were asked for; False if one wasn't."""
         folder, report = self.settings.results_dir, self.settings.report
-        if self.settings.origins["results_dir"] == "default":
-            folder = None
         if not self.done:
             return True
-        results = self.results()
-        name = "this run"
+        if self.settings.origins["results_dir"] == "default":
+            folder = None
+        results, name = self.results(), "this run"
         try:
             if folder is not None:
                 name = write_results(results, folder).name
@@ -139,7 +142,20 @@ class Audits:
 
     def closing_lines(self) -> list[str]:
         """The closing table, and what was written."""
-        return [*summary_lines(self.results()), "", *self.notes]
+        results = self.results()
+        lines = []
+        for audited in self.done.values():
+            lines += [audited.request.artefact.name]
+            lines += [*summary_lines(replace(results, audits=(audited.result,))), ""]
+        return [*lines, *self.notes]
+
+
+def _contents(request: AuditRequest) -> Iterator[str | None]:
+    """Hashes of what a request's paths hold, for they may be written anew between two cases."""
+    paths = [request.artefact / name for name in (BASE_MANIFEST, PRIVATE_MANIFEST)]
+    if isinstance(request.records, Path):
+        paths.append(request.records)
+    return (sha256_of(path) if path.is_file() else None for path in paths)
 
 
 def explain(report: Any, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
@@ -153,5 +169,5 @@ def explain(report: Any, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
     inside = any(Path(str(entry.path)).is_relative_to(library) for entry in excinfo.traceback)
     if isinstance(error, OrthoError):
         report.longrepr = f"{excinfo.typename}: {error}"
-    elif inside and not isinstance(error, (NotShownPrivateError, pytest.skip.Exception)):
+    elif inside and not isinstance(error, NotShownPrivateError):
         report.longrepr = "".join(traceback.format_exception(error))
