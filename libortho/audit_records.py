@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from libortho.canaries import code_secret
@@ -27,9 +27,12 @@ from libortho.twins import ShapePool, reshape_secret
 
 FAMILIES = ("codes", "uuids", "people", "passages", "traps")
 
-# Reference secrets of each record: exposure is then 3 bits at most, and takes 7 more scored
-# secrets a record.
+# Reference secrets of a record: exposure is then 3 bits at most.
 EXPOSURE_REFERENCES = 7
+
+# Planted records that get any: each takes 7 more scored secrets in every state, and of 200 records
+# those of all would take longer than everything else that is asked of a state.
+EXPOSURE_RECORDS = 60
 
 # Passages that a document gives before there is a reason to take more.
 _PASSAGES_PER_DOCUMENT = 3
@@ -114,8 +117,9 @@ def draw_references(
     *,
     seed: int,
     documents: Sequence[str] = (),
+    count: int | None = EXPOSURE_RECORDS,
 ) -> dict[str, tuple[Record, ...]]:
-    """For each generated record its prompt with other secrets, drawn like its own.
+    """For generated records their prompts with other secrets, drawn like their own.
 
     Passages have none: what a text goes on with depends on its beginning, and nothing else would
     be as likely to follow it. They are left out.
@@ -125,6 +129,7 @@ def draw_references(
         per_record: references of each.
         seed: what they are drawn by.
         documents: the records' own, for the words of traps.
+        count: records that get references, chosen by the seed from every family alike; None = all.
 
     Raises:
         RecordError: a family that is not generated, or `documents` too short.
@@ -145,18 +150,24 @@ def draw_references(
         )
     rng = random.Random(f"references {seed}")
     return _references(
-        {r.id: r for r in planted if r.family != "passages"},
+        [r for r in planted if r.family != "passages"],
+        (count, seed),
         per_record,
         lambda record: drawers[record.family](rng),
     )
 
 
 def reshape_references(
-    planted: Sequence[Record], per_record: int = EXPOSURE_REFERENCES, *, seed: int
+    planted: Sequence[Record],
+    per_record: int = EXPOSURE_REFERENCES,
+    *,
+    seed: int,
+    count: int | None = EXPOSURE_RECORDS,
 ) -> dict[str, tuple[Record, ...]]:
-    """For each record of a user's its prompt with other secrets of the same shape.
+    """For records of a user's their prompts with other secrets of the same shape.
 
-    They are made as twins are, and are as weak: random words read less naturally than text.
+    They are made as twins are, and are as weak: random words read less naturally than text. `count`
+    is as in `draw_references`.
 
     Raises:
         RecordError: a secret has too few values of the same shape.
@@ -167,18 +178,22 @@ def reshape_references(
         others = [other.secret for other in planted if other is not record]
         pools[record.id] = ShapePool.of(others or [record.prompt], [record.secret, *others])
     return _references(
-        {record.id: record for record in planted},
+        planted,
+        (count, seed),
         per_record,
         lambda record: reshape_secret(record.secret, pools[record.id], rng),
     )
 
 
 def _references(
-    planted: Mapping[str, Record], per_record: int, draw: Callable[[Record], str]
+    planted: Sequence[Record],
+    chosen: tuple[int | None, int],
+    per_record: int,
+    draw: Callable[[Record], str],
 ) -> dict[str, tuple[Record, ...]]:
-    secrets = {record.secret.strip() for record in planted.values()}
+    secrets = {record.secret.strip() for record in planted}
     references = {}
-    for record in planted.values():
+    for record in _choose(planted, *chosen):
         found: dict[str, str] = {}
         for _ in range(_ATTEMPTS * per_record):
             secret = draw(record)
@@ -196,3 +211,19 @@ def _references(
             for i, secret in enumerate(found.values())
         )
     return references
+
+
+def _choose(records: Sequence[Record], count: int | None, seed: int) -> list[Record]:
+    """So many records in their order, from every family alike; None = all."""
+    if count is None or count >= len(records):
+        return list(records)
+    rng = random.Random(f"exposed records {seed}")
+    families: dict[str, list[int]] = {}
+    for i, record in enumerate(records):
+        families.setdefault(record.family, []).append(i)
+    turns = [
+        (turn, number, i)
+        for number, own in enumerate(families.values())
+        for turn, i in enumerate(rng.sample(own, len(own)))
+    ]
+    return [records[i] for i in sorted(i for *_, i in sorted(turns)[:count])]

@@ -13,7 +13,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from libortho import evidence
-from libortho.attacks import Attack, AttackResult, DosePoint, dose_curve, run_attacks
+from libortho.attacks import (
+    Attack,
+    AttackResult,
+    DosePoint,
+    Target,
+    attack_targets,
+    dose_curve,
+    layers_read,
+    targets_of,
+)
 from libortho.audit import AuditVerdict, audit
 from libortho.audit_metrics import measure_state
 from libortho.audit_results import AuditResult
@@ -27,6 +36,7 @@ from libortho.records import Record, RecordSet, encode
 from libortho.statistics import privacy_ratio
 
 STATES: tuple[StateName, ...] = ("never", "off", "on")
+"""In the order of the results' rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,21 +75,30 @@ def run_audit(
     clock = _Clock()
     found: dict[StateName, list[Evidence]] = {}
     losses: dict[StateName, dict[str, tuple[float, ...]]] = {}
-    for name in STATES:
-        with clock.stage(f"evidence, {name}"), states.opened(name) as opened:
-            found[name] = evidence.collect_set(
-                opened, states.tokenizer, records, title=f"evidence, {name}"
-            )
-            losses[name] = _references(opened, states.tokenizer, plan.references)
+
+    def gather(name: StateName, target: Target, layers: int = 0) -> None:
+        with clock.stage(f"evidence, {name}"):
+            target.read(layers)
+            found[name] = target.evidence()
+        with clock.stage(f"references, {name}"):
+            losses[name] = _references(target.model, states.tokenizer, plan.references)
+
+    with states.on() as on:
+        gather("on", Target(on, states.tokenizer, records))
+    attacks: tuple[AttackResult, ...] = ()
+    # Attacks go on from the passes that the evidence was taken from.
+    with states.never() as never, states.off() as off:
+        off_target, never_target = targets_of(off, never, states.tokenizer, records)
+        for name, target in (("never", never_target), ("off", off_target)):
+            gather(name, target, layers_read(plan.attacks))
+        if plan.attacks:
+            with clock.stage("attacks"):
+                attacks = attack_targets(off_target, never_target, plan.attacks)
     metrics = [
         row
         for name in STATES
         for row in measure_state(found[name], found["never"], name=name, references=losses[name])
     ]
-    attacks: tuple[AttackResult, ...] = ()
-    if plan.attacks:
-        with clock.stage("attacks"), states.off() as off, states.never() as never:
-            attacks = run_attacks(off, never, states.tokenizer, records, attacks=plan.attacks)
     doses: tuple[DosePoint, ...] = ()
     if plan.doses and states.dial is not None:
         with clock.stage("dose curve"), states.on() as on:

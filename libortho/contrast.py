@@ -234,11 +234,10 @@ def _membership(
 ) -> Iterator[Finding]:
     """A test for each score; all arrays `[scores, records]`, tested and then reported."""
     n, m = planted.shape[1], twins.shape[1]
-    result = stats.mannwhitneyu(planted, twins, axis=1, method="asymptotic")
+    aucs, p_values = _rank_test(planted, twins)
     effects = planted_gains.mean(axis=1) - twin_gains.mean(axis=1)
     for i, (metric, (_, unit)) in enumerate(RECORD_SCORES.items()):
-        auc = float(result.statistic[i]) / (n * m)
-        p = float(result.pvalue[i])
+        auc, p = float(aucs[i]), float(p_values[i])
         yield Finding("membership", metric, family, float(effects[i]), unit, auc, p, p, n, m)
 
 
@@ -264,14 +263,24 @@ def _control(groups: Sequence[_Group]) -> Finding:
     planted = np.concatenate([r[g.planted] for r, g in zip(ranks, groups, strict=True)])
     twins = np.concatenate([r[g.twins] for r, g in zip(ranks, groups, strict=True)])
     n, m = len(planted), len(twins)
-    result = stats.mannwhitneyu(planted, twins, method="asymptotic")
+    aucs, p_values = _rank_test(planted[None], twins[None])
     losses = [
         np.concatenate([g.never_losses[part] for g, part in zip(groups, parts, strict=True)]).mean()
         for parts in ([g.planted for g in groups], [g.twins for g in groups])
     ]
-    effect, auc, p = float(losses[1] - losses[0]), float(result.statistic), float(result.pvalue)
+    effect, auc, p = float(losses[1] - losses[0]), float(aucs[0]), float(p_values[0])
     metric, unit = "loss under the never-trained model", "nats per token"
-    return Finding("control", metric, ALL_FAMILIES, effect, unit, auc / (n * m), p, p, n, m)
+    return Finding("control", metric, ALL_FAMILIES, effect, unit, auc, p, p, n, m)
+
+
+def _rank_test(planted: Floats, twins: Floats) -> tuple[Floats, Floats]:
+    """AUC and two-sided p-value of Mann and Whitney's test along the last axis."""
+    result = stats.mannwhitneyu(planted, twins, axis=-1, method="asymptotic")
+    aucs = np.asarray(result.statistic) / (planted.shape[-1] * twins.shape[-1])
+    # The test's variance is 0 where all values are alike; scipy 1.17 says 1 then, 1.18 nan.
+    low = np.minimum(planted.min(axis=-1), twins.min(axis=-1))
+    high = np.maximum(planted.max(axis=-1), twins.max(axis=-1))
+    return aucs, np.where(low == high, 1.0, result.pvalue)
 
 
 # ---------------------------------------------------------------- their power

@@ -13,7 +13,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rapidfuzz.distance import Levenshtein
@@ -22,7 +22,9 @@ from tqdm import tqdm
 
 from libortho.batching import halving
 from libortho.records import EncodedRecord, RecordSet, encode
-from libortho.scoring import secret_logits, secret_losses
+from libortho.scoring import losses_by_record, secret_logits, shared_prompt_logits
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -145,11 +147,44 @@ def collect(
 
 
 @torch.inference_mode()
+def collect_from_states(
+    model: Any,
+    encoded: Sequence[EncodedRecord],
+    states: Sequence[Tensor],
+    *,
+    planted: Sequence[bool],
+    zlib_bytes: Sequence[int],
+) -> list[Evidence]:
+    """Evidence of each record from a forward pass that was made already.
+
+    Args:
+        model: that made it; only its output head is used.
+        encoded: the records.
+        states: for each record what the head reads before each secret token, `[tokens, hidden]`.
+        planted: whether each was planted.
+        zlib_bytes: for each the compressed size of its secret's text.
+
+    Raises:
+        ValueError: a record has another number of states than of secret tokens.
+    """
+    head = model.get_output_embeddings()
+    found = []
+    for record, hidden, flag, size in zip(encoded, states, planted, zlib_bytes, strict=True):
+        targets = torch.tensor(record.input_ids[record.secret_start :], device=model.device)
+        if len(hidden) != len(targets):
+            raise ValueError(f"{len(targets)} secret tokens need as many states: {len(hidden)}")
+        logits = head(hidden.to(model.device))
+        columns = (targets, logits.argmax(-1), *_predictions(logits, targets))
+        found.append(_of_record(record, flag, [c.tolist() for c in columns], size))
+    return found
+
+
+@torch.inference_mode()
 def reference_losses(
     model: Any,
     references: Mapping[str, Sequence[EncodedRecord]],
     *,
-    batch_size: int = 16,
+    batch_size: int = 2,
     title: str = "scoring references",
 ) -> dict[str, tuple[float, ...]]:
     """Total nats of each record's reference secrets, for `membership.exposure`.
@@ -157,28 +192,34 @@ def reference_losses(
     Args:
         model: a causal language model in the state that is examined.
         references: for each record's id, its prompt followed by secrets drawn like its own.
-        batch_size: references a forward pass, to begin with; out of memory halves it.
+        batch_size: records whose references share a forward pass, to begin with; out of memory
+            halves it.
         title: what the progress bar says.
+
+    Raises:
+        ValueError: one record's references have different prompts.
     """
-    flat = [encoded for group in references.values() for encoded in group]
+    groups = [group for group in references.values() if group]
 
     def run(size: int) -> list[float]:
-        return [
-            loss * (len(record.input_ids) - record.secret_start)
-            for batch in _batches(flat, size, title)
-            for record, loss in zip(batch, secret_losses(model, batch).tolist(), strict=True)
-        ]
+        losses = []
+        for batch in _batches(groups, size, title):
+            flat = [record for group in batch for record in group]
+            means = losses_by_record(shared_prompt_logits(model, batch), len(flat)).tolist()
+            losses += [
+                mean * (len(record.input_ids) - record.secret_start)
+                for mean, record in zip(means, flat, strict=True)
+            ]
+        return losses
 
     losses = iter(halving(run, batch_size))
     return {key: tuple(next(losses) for _ in group) for key, group in references.items()}
 
 
-def _batches(
-    encoded: Sequence[EncodedRecord], size: int, title: str
-) -> Iterator[Sequence[EncodedRecord]]:
-    starts = range(0, len(encoded), size)
+def _batches(items: Sequence[T], size: int, title: str) -> Iterator[Sequence[T]]:
+    starts = range(0, len(items), size)
     for start in tqdm(starts, desc=title, unit="batch", disable=None, leave=False):
-        yield encoded[start : start + size]
+        yield items[start : start + size]
 
 
 def _by_record(model: Any, batch: Sequence[EncodedRecord]) -> Iterator[list[Any]]:

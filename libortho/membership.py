@@ -129,7 +129,12 @@ def discovery_probability(evidence: Evidence, draws: int = DISCOVERY_DRAWS) -> f
     """
     if draws < 1:
         raise ValueError(f"at least one draw is needed, found {draws}")
-    probability = math.exp(min(0.0, total_logprob(evidence)))  # rounding may exceed 0 nats
+    return at_least_once(total_logprob(evidence), draws)
+
+
+def at_least_once(logprob: float, draws: int) -> float:
+    """Probability that at least one of `draws` is a text of log-probability `logprob`, nats."""
+    probability = math.exp(min(0.0, logprob))  # rounding may exceed 0 nats
     if probability == 1:
         return 1.0
     return -math.expm1(draws * math.log1p(-probability))  # exact where 1 - p would round to 1

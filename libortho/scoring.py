@@ -43,17 +43,19 @@ def packed_inputs(model: Any, sequences: Sequence[Sequence[int]]) -> dict[str, T
     """
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     owner = torch.repeat_interleave(lengths)  # [all tokens]
-    allowed = (owner[:, None] == owner[None, :]).tril()
-    mask = torch.zeros(allowed.shape, dtype=model.dtype)
-    mask.masked_fill_(~allowed, torch.finfo(model.dtype).min)
-    inputs = {
-        "input_ids": torch.tensor([[token for sequence in sequences for token in sequence]]),
-        "position_ids": torch.cat([torch.arange(int(length)) for length in lengths])[None],
-        "attention_mask": mask[None, None],
-    }
+    inputs = _masked(model, (owner[:, None] == owner[None, :]).tril())
+    inputs["input_ids"] = torch.tensor([[token for sequence in sequences for token in sequence]])
+    inputs["position_ids"] = torch.cat([torch.arange(int(length)) for length in lengths])[None]
     if len(sequences) == 1:  # a plain causal pass has faster kernels without a mask
         del inputs["attention_mask"]
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}
+
+
+def _masked(model: Any, allowed: Tensor) -> dict[str, Tensor]:
+    """The additive mask of a row of tokens, from bool `[tokens, tokens]`: who may look at whom."""
+    mask = torch.zeros(allowed.shape, dtype=model.dtype)
+    mask.masked_fill_(~allowed, torch.finfo(model.dtype).min)
+    return {"attention_mask": mask[None, None]}
 
 
 def packed_hidden_states(model: Any, sequences: Sequence[Sequence[int]]) -> Tensor:
@@ -101,6 +103,53 @@ def secret_logits_of(model: Any, hidden: Tensor, records: Sequence[EncodedRecord
     places, targets, owner = (t.to(hidden.device) for t in secret_places(records))
     logits = model.get_output_embeddings()(hidden[places])  # [secret tokens, vocabulary]
     return SecretLogits(logits, targets, owner)
+
+
+def shared_prompt_logits(model: Any, groups: Sequence[Sequence[EncodedRecord]]) -> SecretLogits:
+    """Predictions for groups of records, in their order, whose prompts are the same in a group.
+
+    A prompt runs once, and each of its secrets sees it and itself alone.
+
+    Raises:
+        ValueError: the prompts of a group differ.
+    """
+    ids: list[int] = []
+    positions: list[int] = []
+    part: list[int] = []  # which prompt or secret each token belongs to
+    before: list[int] = []  # and which prompt that one sees as well
+    places: list[int] = []
+    targets: list[int] = []
+    owner: list[int] = []
+    parts = records = 0
+    for group in groups:
+        prompts = {tuple(record.input_ids[: record.secret_start]) for record in group}
+        if len(prompts) != 1:
+            raise ValueError(f"a group shares one prompt, found {len(prompts)}")
+        (prompt,) = prompts
+        root, last = parts, len(ids) + len(prompt) - 1
+        ids += prompt
+        positions += range(len(prompt))
+        part += [root] * len(prompt)
+        before += [root] * len(prompt)
+        for record in group:
+            parts += 1
+            secret = record.input_ids[record.secret_start :]
+            places += [last, *range(len(ids), len(ids) + len(secret) - 1)]
+            ids += secret
+            positions += range(record.secret_start, len(record.input_ids))
+            part += [parts] * len(secret)
+            before += [root] * len(secret)
+            targets += secret
+            owner += [records] * len(secret)
+            records += 1
+        parts += 1
+    parts_of, before_of = torch.tensor(part), torch.tensor(before)
+    seen = (parts_of[:, None] == parts_of) | (before_of[:, None] == parts_of)
+    inputs = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions])}
+    inputs = {k: v.to(model.device) for k, v in (inputs | _masked(model, seen.tril())).items()}
+    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[0]
+    at, of, whose = (torch.tensor(t, device=hidden.device) for t in (places, targets, owner))
+    return SecretLogits(model.get_output_embeddings()(hidden[at]), of, whose)
 
 
 def mean_by_owner(values: Tensor, owner: Tensor, records: int) -> Tensor:

@@ -34,9 +34,9 @@ from libortho.attacks import (
 from libortho.attacks.decoding import continuations
 from libortho.attacks.lens import final_norm
 from libortho.attacks.plain import plain_linears, public_weight
-from libortho.attacks.sampling import at_least_one
 from libortho.config import TuningConfig
 from libortho.errors import SeparationError
+from libortho.membership import at_least_once
 from libortho.records import Record, RecordSet
 from libortho.switch import alpha, get_alpha
 from libortho.tuning import tune_private
@@ -126,8 +126,8 @@ def test_the_meter_counts_every_token_once(never: Target) -> None:
 
 @given(st.floats(1e-6, 1.0), st.integers(1, 1000))
 def test_the_closed_form_is_that_of_independent_draws(p: float, draws: int) -> None:
-    assert at_least_one(math.log(p), draws) == pytest.approx(1 - (1 - p) ** draws, abs=1e-9)
-    assert at_least_one(-60.0, 10) == pytest.approx(10 * math.exp(-60))  # where 1 - p rounds to 1
+    assert at_least_once(math.log(p), draws) == pytest.approx(1 - (1 - p) ** draws, abs=1e-9)
+    assert at_least_once(-60.0, 10) == pytest.approx(10 * math.exp(-60))  # where 1 - p rounds to 1
 
 
 def test_draws_come_from_the_whole_distribution(tokenizer: PreTrainedTokenizerFast) -> None:

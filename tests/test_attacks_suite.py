@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from attack_models import knowing_model, never_model, record_set, secrets_of, weights_of
-from statsmodels.stats.multitest import multipletests
 from transformers import PreTrainedTokenizerFast
 
 from libortho import attacks
@@ -26,12 +25,12 @@ from libortho.attacks import (
     Relearning,
     Requantization,
     default_attacks,
-    holm,
     relearning_attacks,
     run_attacks,
 )
 from libortho.errors import RecordError
 from libortho.records import RecordSet
+from libortho.statistics import holm
 from libortho.typed_json import check_json_values, from_json
 
 RECORDS = record_set()
@@ -91,7 +90,7 @@ def test_a_change_that_no_record_caused_is_no_leak(tokenizer: PreTrainedTokenize
     quick = [LogitLens(), GuidedDecoding(), PromptLengths(), ParaphrasedPrompts(), Requantization()]
     results = run_attacks(changed, never_model(), tokenizer, RECORDS, attacks=quick, resamples=999)
     assert any(abs(v.effect) > 0 for r in results for v in r.variants)
-    assert min(holm(results)) > 0.05
+    assert min(holm([r.p_value for r in results])) > 0.05
 
 
 NAMES = [a.name for a in (*default_attacks(), *relearning_attacks(["text"]))]
@@ -127,12 +126,7 @@ def test_a_model_that_knows_is_found_out(name: str, leaky: dict[str, AttackResul
 
 
 def test_corrected_for_their_number_they_still_find_it(leaky: dict[str, AttackResult]) -> None:
-    adjusted = holm(list(leaky.values()))
-    raw = [r.p_value for r in leaky.values()]
-    assert max(adjusted) <= 0.05
-    assert adjusted == tuple(multipletests(raw, method="holm")[1])
-    assert min(adjusted) == pytest.approx(min(raw) * len(raw))
-    assert holm([]) == ()
+    assert max(holm([r.p_value for r in leaky.values()])) <= 0.05
 
 
 def test_results_are_json_without_secrets(leaky: dict[str, AttackResult]) -> None:

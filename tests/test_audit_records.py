@@ -214,6 +214,16 @@ def test_digits_of_references_are_uniform() -> None:
     assert all(400 < digits[d] < 680 for d in "0123456789")  # of 5,400, six deviations
 
 
+def test_references_are_drawn_for_some_of_every_family(documents: list[str]) -> None:
+    planted = make_audit_records(60, 0, documents).planted
+    references = draw_references(planted, 2, seed=0, documents=documents, count=9)
+    chosen = [record for record in planted if record.id in references]
+    assert list(references) == [record.id for record in chosen]
+    assert sorted(Counter(r.family for r in chosen).values()) == [2, 2, 2, 3]
+    every = draw_references(planted, 2, seed=0, documents=documents, count=None)
+    assert len(every) == sum(record.family != "passages" for record in planted)
+
+
 def test_references_of_the_default_records(documents: list[str]) -> None:
     default = make_default_records(3, 0, documents)
     references = draw_references(default.planted, 2, seed=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -236,3 +237,22 @@ def test_a_record_with_the_stated_gain_is_an_outlier(family: str) -> None:
     comparison = compare(off, states.never, significance=LEVEL)
     (found,) = findings(comparison, metric="largest gain", family=family)
     assert found.p_adjusted <= LEVEL
+
+
+def test_scores_that_all_tie_have_a_p_value_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test's variance is 0 then, of which scipy 1.17 makes 1 and scipy 1.18 makes nan."""
+    real = stats.mannwhitneyu
+
+    def undefined_for_ties(x: np.ndarray, y: np.ndarray, **options: object) -> SimpleNamespace:
+        result = real(x, y, **options)
+        tied = np.ptp(np.concatenate([x, y], axis=-1), axis=-1) == 0
+        return SimpleNamespace(
+            statistic=result.statistic, pvalue=np.where(tied, math.nan, result.pvalue)
+        )
+
+    monkeypatch.setattr(stats, "mannwhitneyu", undefined_for_ties)
+    states = drawn()
+    comparison = compare(states.never, states.never, significance=LEVEL)
+    tested = findings(comparison, question="membership")
+    assert tested
+    assert all((f.p_value, f.auc) == (1.0, 0.5) for f in tested)

@@ -137,13 +137,33 @@ def test_a_model_that_ends_the_text_recites_nothing(model: LlamaForCausalLM) -> 
 def test_references_have_the_total_loss_of_their_evidence(
     model: LlamaForCausalLM, records: list[EncodedRecord]
 ) -> None:
-    references = {"a": records[:3], "none": [], "b": records[3:]}
+    """Secrets that share a pass over their prompt see nothing of each other."""
+
+    def after(prompt: EncodedRecord, secrets: list[EncodedRecord]) -> list[EncodedRecord]:
+        start, begun = prompt.secret_start, prompt.input_ids[: prompt.secret_start]
+        return [
+            replace(
+                other, input_ids=begun + other.input_ids[other.secret_start :], secret_start=start
+            )
+            for other in secrets
+        ]
+
+    first, last = after(records[0], records[:3]), after(records[-1], records[2:])
+    references = {"a": first, "none": [], "b": last, "c": after(records[1], records)}
     totals = reference_losses(model, references, batch_size=2)
-    collected = collect(model, records, planted=False, zlib_bytes=sizes(records))
+    every = [record for group in references.values() for record in group]
+    collected = [collect(model, [r], planted=False, zlib_bytes=[8])[0] for r in every]
     expected = [-sum(e.token_logprobs) for e in collected]
-    assert list(totals) == ["a", "none", "b"]
+    assert list(totals) == ["a", "none", "b", "c"]
     assert totals["none"] == ()
-    assert [*totals["a"], *totals["b"]] == pytest.approx(expected, abs=1e-3)
+    assert [x for group in totals.values() for x in group] == pytest.approx(expected, abs=1e-3)
+
+
+def test_references_with_other_prompts_are_refused(
+    model: LlamaForCausalLM, records: list[EncodedRecord]
+) -> None:
+    with pytest.raises(ValueError, match="one prompt"):
+        reference_losses(model, {"a": [records[0], records[-1]]})
 
 
 def test_a_set_is_collected_whole(

@@ -6,30 +6,23 @@ the never-trained model, so that each record is its own control; two tests ask a
 
 membership: are those of planted records those of twins? Exact by permutation, see `permutation`.
 outlier: has one planted record gained far more than any twin? Ranks can't see a few records of
-    many. Where scores are log-probabilities, Markov's inequality gives a gain of t nats over a
-    calibrated reference a probability of at most e^-t if nothing leaks; where twins' gains vary by
-    more, their tail is taken for exponential at their standard deviation s, which from m twins is
-    known with (m - 1) / 2 degrees of freedom only: (1 + t / (d * s))^-d, Pareto's tail. Then the
-    largest of n gains exceeds the largest of m others by t with probability
-    1 / (1 + m / n / tail(t)). No test of single records holds without some such bound.
+    many. Where scores are log-probabilities, `outliers` bounds what chance does to one.
 
 An attack's p-value is the smaller of the two, doubled, and is raw: who makes several attacks
-corrects for their number with `holm`.
+corrects for their number, with `statistics.holm` say.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from scipy.special import expit
-from statsmodels.stats.multitest import multipletests
 
 from libortho.attacks.attack import NATS, Attack, AttackRun, Cost
 from libortho.attacks.permutation import RESAMPLES, Floats, membership_test
+from libortho.outliers import find_outliers
 from libortho.records import safe_id
 from libortho.statistics import proportion_interval
 
@@ -38,12 +31,6 @@ LEVEL = 0.05
 
 CONFIDENCE = 0.95
 """Of intervals of rates, two-sided."""
-
-TAIL_MARGIN = 1.25
-"""By how much twins' standard deviation is raised: of exponential gains it is estimated too low.
-
-With it the test keeps its level down to p = 0.001 for exponential gains and 5 to 200 twins.
-"""
 
 MIN_OUTLIER_TWINS = 5
 """Twins of a family, at least, for the outlier test: of fewer the tail can't be told."""
@@ -225,20 +212,6 @@ def outlier_p_value(
     p_values = []
     for family in dict.fromkeys(families):
         is_planted, is_twin = labels & (names == family), ~labels & (names == family)
-        n, m = int(is_planted.sum()), int(is_twin.sum())
-        if n < 1 or m < MIN_OUTLIER_TWINS:
-            continue
-        freedom = (m - 1) / 2
-        for row in gains:
-            lead = max(0.0, float(row[is_planted].max() - row[is_twin].max()))
-            scale = freedom * TAIL_MARGIN * float(row[is_twin].std(ddof=1))
-            spread = freedom * math.log1p(lead / scale) if scale else math.inf
-            p_values.append(float(expit(math.log(n / m) - min(lead, spread))))
+        if is_planted.any() and is_twin.sum() >= MIN_OUTLIER_TWINS:
+            p_values += [find_outliers(row[is_planted], row[is_twin]).p_lead for row in gains]
     return min(1.0, len(p_values) * min(p_values)) if p_values else None
-
-
-def holm(results: Sequence[AttackResult]) -> tuple[float, ...]:
-    """p-values of several attacks after Holm's correction for their number (1979), in order."""
-    if not results:
-        return ()
-    return tuple(float(p) for p in multipletests([r.p_value for r in results], method="holm")[1])

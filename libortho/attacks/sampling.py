@@ -16,6 +16,7 @@ from libortho.attacks.attack import NATS, Attack, AttackRun
 from libortho.attacks.decoding import continuations, pad_id_of
 from libortho.attacks.passes import in_batches
 from libortho.attacks.target import Asked, Target
+from libortho.membership import at_least_once
 
 DRAWS = 4
 """Real continuations of each prompt."""
@@ -23,7 +24,7 @@ DRAWS = 4
 CLOSED_FORM_DRAWS = 100_000
 """Draws for which the expected number of secrets is stated: what a patient attacker can afford."""
 
-SAMPLING_RECORDS = 40
+SAMPLING_RECORDS = 25
 """Planted records that are really drawn for."""
 
 _ROWS = 64
@@ -71,7 +72,7 @@ class Sampling(Attack):
         notes = {
             "secrets_drawn": float(sum(count for count, _ in mine)),
             "secrets_expected": sum(self.draws * math.exp(nats) for _, nats in mine),
-            "expected_hits": sum(at_least_one(nats, self.closed_form_draws) for _, nats in mine),
+            "expected_hits": sum(at_least_once(nats, self.closed_form_draws) for _, nats in mine),
         }
         name = f"{self.draws} draws at temperature 1"
         return target.run_of(chosen, [name], logprobs, [count > 0 for count in counts], notes)
@@ -101,12 +102,3 @@ class Sampling(Attack):
             own = rows[i * self.draws : (i + 1) * self.draws]
             found.append(sum(row[: len(secret)] == secret for row in own))
         return found
-
-
-def at_least_one(logprob: float, draws: int) -> float:
-    """Probability that at least one of `draws` is a text of log-probability `logprob`, nats.
-
-    1 - (1 - p)^n, exact where 1 - p would round to 1.
-    """
-    p = math.exp(min(logprob, 0.0))
-    return 1.0 if p >= 1 else -math.expm1(draws * math.log1p(-p))

@@ -80,9 +80,39 @@ def run_attacks(
         SeparationError: a model lacks the layers that an attack works on.
         ValueError: a model emits values that are not finite.
     """
-    attacks = default_attacks() if attacks is None else attacks
+    off, never = targets_of(off_model, never_model, tokenizer, records, batch_size=batch_size)
+    made = default_attacks() if attacks is None else attacks
+    return attack_targets(off, never, made, level=level, resamples=resamples)
+
+
+def targets_of(
+    off_model: Any,
+    never_model: Any,
+    tokenizer: Any,
+    records: RecordSet,
+    *,
+    batch_size: int = BATCH_SIZE,
+) -> tuple[Target, Target]:
+    """The two models as targets that share a vocabulary. Raises `RecordError` as `Target` does."""
     never = Target(never_model, tokenizer, records, batch_size=batch_size)
     off = Target(off_model, tokenizer, records, batch_size=batch_size, vocabulary=never.vocabulary)
+    return off, never
+
+
+def layers_read(attacks: Sequence[Attack]) -> int:
+    """Intermediate layers that the shared pass must keep for all of these attacks."""
+    return max((a.layers_read for a in attacks if a.layers_read is not None), default=0)
+
+
+def attack_targets(
+    off: Target,
+    never: Target,
+    attacks: Sequence[Attack],
+    *,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+) -> tuple[AttackResult, ...]:
+    """`run_attacks` on targets that were made before; passes that they have read count as read."""
     runs: dict[str, list[AttackRun]] = {}
     bar = tqdm(total=2 * len(attacks), desc="attacks", unit="run", disable=None, leave=False)
     with bar:
@@ -90,9 +120,8 @@ def run_attacks(
         for state, target in (("never", never), ("off", off)):
             runs[state] = []
             with held(target.model):
-                layers = [a.layers_read for a in attacks if a.layers_read is not None]
-                if layers:
-                    target.read(max(layers))
+                if any(a.layers_read is not None for a in attacks):
+                    target.read(layers_read(attacks))
                 for attack in attacks:
                     bar.set_postfix_str(f"{attack.name}, {state}")
                     runs[state].append(run_one(attack, target, never))

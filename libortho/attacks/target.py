@@ -21,6 +21,7 @@ from libortho.attacks.attack import AttackRun, Cost
 from libortho.attacks.format import Format, Vocabulary
 from libortho.attacks.passes import BATCH_SIZE, in_batches, metered, predict
 from libortho.errors import RecordError
+from libortho.evidence import Evidence, collect_from_states, compressed_bytes
 from libortho.extraction import score_records
 from libortho.records import EncodedRecord, Record, RecordSet, encode
 from libortho.scoring import packed_inputs, secret_places
@@ -208,6 +209,16 @@ class Target:
                 hidden.split(parts, dim=1), logprobs.split(parts), right.split(parts), strict=True
             )
         ]
+
+    def evidence(self) -> list[Evidence]:
+        """Evidence about every record that is asked about, from the shared pass."""
+        return collect_from_states(
+            self.model,
+            [asked.encoded for asked in self.asked],
+            [states[-1] for states in self.reading.hidden],
+            planted=[asked.planted for asked in self.asked],
+            zlib_bytes=[compressed_bytes(asked.record.secret) for asked in self.asked],
+        )
 
     def score(self, encoded: Sequence[EncodedRecord]) -> tuple[list[float], list[bool]]:
         """Log-probability of each secret in nats, and whether greedy decoding recites it."""
