@@ -1,59 +1,76 @@
-"""The README's results, rendered from the files in `bench/results/`.
+"""The READMEs' results, rendered from the files in `bench/results/`, in each README's language.
 
-`python -m bench.readme` prints them; a test compares them with what the README says, so that no
-figure is quoted that was not measured.
+`python -m bench.readme` prints them, `--write` puts them into the READMEs; a test compares them
+with what the READMEs say, so that no figure is quoted that was not measured. Figures are formatted
+here, once for all languages; the words around them are `readme_texts`'s.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.readme_texts import CATALOGUES, Catalogue
+from libortho.files import atomic_write_text
 from libortho.results import ArmResult, Results, read_results
 
+ROOT = Path(__file__).parents[1]
 FOLDER = Path(__file__).parent / "results"
+BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
 CARD_RUN, KERNELS = "h100-enwiki.json", "h100-kernels.json"
 """A run of both experiments on a card, and `bench/gpu_kernels.py` on the same kind of card."""
-RUNS = ("cpu-enwiki.json",)
+RUNS = ("cpu-enwiki.json", "cpu-wikitext2.json")
 """A whole run of `pytest -m gtx4050`, then ones of experiment 2 on other text."""
-NAMES = {
-    "reference": "unquantised",
-    "alpha1": "**alpha = 1**",
-    "alpha0": "**alpha = 0**",
-    "plain": "plain INT4, no ortho",
-    "nf4": "bitsandbytes NF4",
-}
+ARMS = ("reference", "alpha1", "alpha0", "plain", "nf4")
 
 
-def render() -> str:
-    """The block between the README's marks."""
+def render(readme: str = "README.md") -> str:
+    """The block between a README's marks, in that README's language."""
+    words = CATALOGUES[readme]
     runs = [read_results(FOLDER / name) for name in RUNS]
     return "\n\n".join(
         [
-            _conditions(runs[0]),
-            _kill_switch(runs[0]),
-            _null_test(runs),
-            _throughput(runs[0]),
-            _card(read_results(FOLDER / CARD_RUN)),
-            _kernels(json.loads((FOLDER / KERNELS).read_text(encoding="utf-8"))),
+            _conditions(runs[0], words),
+            _kill_switch(runs[0], words),
+            _null_test(runs, words),
+            _throughput(runs[0], words),
+            _card(read_results(FOLDER / CARD_RUN), words),
+            _kernels(json.loads((FOLDER / KERNELS).read_text(encoding="utf-8")), words),
         ]
     )
 
 
-def _conditions(run: Results) -> str:
+def block_of(text: str) -> str:
+    """What a README says between its marks."""
+    return text.split(BEGIN)[1].split(END, maxsplit=1)[0].strip("\n")
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    names = " | ".join(header).strip()
+    body = [f"| {' | '.join(row)} |" for row in rows]
+    return [f"| {names} |", "|" + "---|" * len(header), *body]
+
+
+def _conditions(run: Results, words: Catalogue) -> str:
     where, result = run.provenance, run.exp1_kill_switch
     assert result is not None
-    return (
-        f"`{result.model}` on {where.cpu_cores} cores of an {where.cpu_model}, "
-        f"{where.compute_dtype} compute, torch {where.torch}, transformers {where.transformers}, "
-        f"bitsandbytes {where.bitsandbytes}, {where.timestamp_utc[:10]}; files and commands in "
-        "[bench/results](bench/results)."
+    return words["conditions"].format(
+        model=f"`{result.model}`",
+        cores=where.cpu_cores,
+        cpu=where.cpu_model,
+        dtype=where.compute_dtype,
+        torch=where.torch,
+        transformers=where.transformers,
+        bitsandbytes=where.bitsandbytes,
+        date=where.timestamp_utc[:10],
     )
 
 
-def _kill_switch(run: Results) -> str:
+def _kill_switch(run: Results, words: Catalogue) -> str:
     result = run.exp1_kill_switch
     assert result is not None
     n = result.n_planted
@@ -62,118 +79,134 @@ def _kill_switch(run: Results) -> str:
         f"[{result.loss_planted_never_trained_low95:.3f}, "
         f"{result.loss_planted_never_trained_high95:.3f}]"
     )
+    states = [
+        ("alpha1", result.hits_alpha1, result.loss_planted_alpha1, result.loss_twins_alpha1, ""),
+        ("alpha0", result.hits_alpha0, result.loss_planted_alpha0, result.loss_twins_alpha0, ""),
+        ("never", never, result.loss_planted_never_trained, None, f" {interval}"),
+    ]
     rows = [
-        ("alpha = 1", result.hits_alpha1, result.loss_planted_alpha1, result.loss_twins_alpha1, ""),
-        ("alpha = 0", result.hits_alpha0, result.loss_planted_alpha0, result.loss_twins_alpha0, ""),
-        ("never trained", never, result.loss_planted_never_trained, None, f" {interval}"),
+        [
+            words[f"state {name}"],
+            words["hits"].format(hits=hits, n=n),
+            f"{planted:.3f}{note}",
+            "" if twins is None else f"{twins:.3f}",
+        ]
+        for name, hits, planted, twins, note in states
     ]
-    lines = [
-        "Experiment 1, kill switch. Loss is the mean in nats per secret token; twins were never "
-        "planted.",
-        "",
-        "| | extracted | loss on planted | loss on twins |",
-        "|---|---|---|---|",
-    ]
-    for name, hits, planted, twins, note in rows:
-        other = "" if twins is None else f"{twins:.3f}"
-        lines.append(f"| {name} | {hits} of {n} | {planted:.3f}{note} | {other} |")
-    lines += [
-        "",
-        f"Privacy ratio at least **{result.privacy_ratio_lower95:.1f}** (lower limit of the 95 % "
-        f"interval); base fingerprint `{result.base_fingerprint[:16]}…` before tuning, after it, "
-        "and in the export.",
-    ]
-    return "\n".join(lines)
+    header = ["", *(words[name] for name in ("extracted", "loss on planted", "loss on twins"))]
+    ratio = words["privacy ratio"].format(
+        ratio=f"{result.privacy_ratio_lower95:.1f}",
+        fingerprint=f"`{result.base_fingerprint[:16]}…`",
+    )
+    return "\n".join([words["kill switch"], "", *_table(header, rows), "", ratio])
 
 
-def _null_test(runs: list[Results]) -> str:
-    tests = [run.exp2_null_test for run in runs]
+def _null_test(runs: list[Results], words: Catalogue) -> str:
+    tests = [run.exp2_null_test for run in runs if run.exp2_null_test is not None]
     first = tests[0]
-    assert first is not None
-    head = " | ".join(f"{t.corpus}, perplexity | ratio" for t in tests if t is not None)
-    lines = [
-        f"Experiment 2, null test: {first.windows} windows of {first.window_tokens} tokens; ratios "
-        "to the unquantised model with 95 % intervals; calibrated on "
-        f"{first.calibration_corpus}.",
-        "",
-        f"| | bits per linear weight | {head} |",
-        "|---|---|" + "---|---|" * len(tests),
+    said = words["null test"].format(
+        windows=first.windows, tokens=first.window_tokens, calibration=first.calibration_corpus
+    )
+    header = ["", words["bits"]]
+    for test in tests:
+        header += [words["perplexity"].format(corpus=test.corpus), words["ratio"]]
+    rows = [
+        [
+            words[name],
+            f"{first.arms[name].bits_per_linear_weight:.2f}",
+            *(cell for test in tests for cell in _cells(test.arms[name], words)),
+        ]
+        for name in ARMS
     ]
-    for name, label in NAMES.items():
-        cells = [_cells(test.arms[name]) for test in tests if test is not None]
-        bits = first.arms[name].bits_per_linear_weight
-        lines.append(f"| {label} | {bits:.2f} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join([said, "", *_table(header, rows)])
 
 
-def _cells(arm: ArmResult) -> str:
+def _cells(arm: ArmResult, words: Catalogue) -> tuple[str, str]:
     if arm.ppl is None:
-        return f"not measured: {arm.reasons['ppl']} | "
-    return f"{arm.ppl:.2f} | {arm.ratio:.3f} [{arm.ratio_low95:.3f}, {arm.ratio_high95:.3f}]"
+        return words["not measured because"].format(reason=arm.reasons["ppl"]), ""
+    return f"{arm.ppl:.2f}", f"{arm.ratio:.3f} [{arm.ratio_low95:.3f}, {arm.ratio_high95:.3f}]"
 
 
-def _throughput(run: Results) -> str:
+def _throughput(run: Results, words: Catalogue) -> str:
     rates = {(r.arm, r.phase): r for r in run.throughput}
-    lines = [
-        "Throughput at batch 1 on that CPU: prefill of 512 tokens, `generate` of 16 tokens after "
-        "16. Our arms hold their composed weights in memory here, as large as the unquantised "
-        "ones.",
-        "",
-        "| | prefill, tokens/s | decode, tokens/s |",
-        "|---|---|---|",
-    ]
-    for name, label in NAMES.items():
+    rows = []
+    for name in ARMS:
         pair = [rates.get((name, phase)) for phase in ("prefill", "decode")]
         cells = [
-            "not measured" if r is None or r.tokens_per_s is None else f"{r.tokens_per_s:.1f}"
+            words["not measured"]
+            if r is None or r.tokens_per_s is None
+            else f"{r.tokens_per_s:.1f}"
             for r in pair
         ]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
+        rows.append([words[name], *cells])
+    table = _table(["", words["prefill"], words["decode"]], rows)
+    lines = [words["throughput"], "", *table]
     switch = rates.get(("alpha1", "switch"))
     if switch is not None and switch.median_s is not None:
-        lines += ["", f"Switching alpha: {1000 * switch.median_s / 2:.1f} ms."]
+        lines += ["", words["switching"].format(ms=f"{1000 * switch.median_s / 2:.1f}")]
     return "\n".join(lines)
 
 
-def _card(run: Results) -> str:
+def _card(run: Results, words: Catalogue) -> str:
     where, one, two = run.provenance, run.exp1_kill_switch, run.exp2_null_test
     assert one is not None
     assert two is not None
     ratios = {name: two.arms[name].ratio for name in ("alpha1", "alpha0", "nf4", "plain")}
     assert all(ratio is not None for ratio in ratios.values())
-    return (
-        f"The same job on an {where.device_name}, capped at 5.0 GiB, in {where.compute_dtype} "
-        f"(torch {where.torch}, transformers {where.transformers}, {where.timestamp_utc[:10]}): "
-        f"{one.hits_alpha1} and {one.hits_alpha0} of {one.n_planted} extracted at alpha = 1 and 0; "
-        f"on {two.corpus} perplexity ratios of {ratios['alpha1']:.3f} at alpha = 1, "
-        f"{ratios['alpha0']:.3f} at alpha = 0, {ratios['nf4']:.3f} for NF4 and "
-        f"{ratios['plain']:.3f} for plain INT4."
+    return words["card"].format(
+        card=where.device_name,
+        dtype=where.compute_dtype,
+        torch=where.torch,
+        transformers=where.transformers,
+        date=where.timestamp_utc[:10],
+        hits1=one.hits_alpha1,
+        hits0=one.hits_alpha0,
+        n=one.n_planted,
+        corpus=two.corpus,
+        **{name: f"{ratio:.3f}" for name, ratio in ratios.items()},
     )
 
 
-def _kernels(found: dict[str, Any]) -> str:
+def _kernels(found: dict[str, Any], words: Catalogue) -> str:
     where, checks = found["environment"], found["checks"]
-    lines = [
-        f"Decode kernels on an {where['card']} (torch {where['torch']}, triton {where['triton']}, "
-        f"{where['date_utc'][:10]}; copies ran at {found['bandwidth']['copy_gb_per_s']:.0f} GB/s, "
-        "read and written): INT4 with groups of 128, one token, float16, at layer shapes of Llama; "
-        f"streams are 0.5 % residual and 0.5 % private. Of {checks['checked']} random cases "
-        f"{len(checks['failures'])} missed the float64 reference.",
-        "",
-        "| layer | base, µs | of copy bandwidth | with streams | PyTorch's INT4, µs | FP16, µs |",
-        "|---|---|---|---|---|---|",
+    said = words["kernels"].format(
+        card=where["card"],
+        torch=where["torch"],
+        triton=where["triton"],
+        date=where["date_utc"][:10],
+        bandwidth=f"{found['bandwidth']['copy_gb_per_s']:.0f}",
+        checked=checks["checked"],
+        missed=len(checks["failures"]),
+    )
+    rows = [
+        [
+            f"{family} {name}",
+            f"{case['us']['base']:.1f}",
+            f"{case['base_share_of_copy_bandwidth']:.0%}",
+            f"{case['ratio_streams_to_base']:.2f} ×",
+            f"{case['peers']['int4pack_us']:.1f}",
+            f"{case['peers']['dense_us']:.1f}",
+        ]
+        for family in ("8B", "3B")
+        for name, case in found[f"{family}, 1 token"].items()
     ]
-    for family in ("8B", "3B"):
-        for name, case in found[f"{family}, 1 token"].items():
-            peers = case["peers"]
-            lines.append(
-                f"| {family} {name} | {case['us']['base']:.1f} | "
-                f"{case['base_share_of_copy_bandwidth']:.0%} | "
-                f"{case['ratio_streams_to_base']:.2f} × | {peers['int4pack_us']:.1f} | "
-                f"{peers['dense_us']:.1f} |"
-            )
-    return "\n".join(lines)
+    header = [words[n] for n in ("layer", "base", "share", "streams", "int4pack", "fp16")]
+    return "\n".join([said, "", *_table(header, rows)])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print every README's block, or write each into its README."""
+    parser = argparse.ArgumentParser(prog="python -m bench.readme", description=main.__doc__)
+    parser.add_argument("--write", action="store_true", help="write the blocks into the READMEs")
+    write = parser.parse_args(arguments).write
+    for name in CATALOGUES:
+        if write:
+            text = (ROOT / name).read_text(encoding="utf-8")
+            before, after = text.split(BEGIN)[0], text.split(END)[1]
+            atomic_write_text(ROOT / name, f"{before}{BEGIN}{render(name)}\n{END}{after}")
+        else:
+            sys.stdout.write(f"{name}\n\n{render(name)}\n\n")
 
 
 if __name__ == "__main__":
-    sys.stdout.write(render() + "\n")
+    main()

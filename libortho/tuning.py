@@ -24,7 +24,7 @@ from .linear import OrthoLinear
 from .precision import computing_in, evaluating
 from .records import Record, encode
 from .switch import alpha, dense_weights, ortho_layers
-from .training import Trainer, TrainingReport, replay_windows
+from .training import StepLoss, Trainer, TrainingReport, replay_windows
 
 CANDIDATES = 8
 """The probe trains this many times the stream's entries and keeps the ones that moved most."""
@@ -39,6 +39,8 @@ class TuningReport(TrainingReport):
     slots_seconds: time to choose the slots, part of `seconds`
     """
 
+    config: TuningConfig
+    curve: tuple[StepLoss, ...] = ()
     slots_seconds: float = 0.0
 
 

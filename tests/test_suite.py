@@ -259,3 +259,14 @@ def test_wrong_input_is_one_paragraph_and_loses_nothing(world: World, tmp_path: 
     assert "test_privacy_gate: was not reached" in output
     assert world.artefacts() == artefacts
     assert world.results() == results
+
+
+@pytest.mark.usefixtures("first_run")
+def test_the_audit_is_green(world: World) -> None:
+    code, output = world.run("-m", "audit", "--method=ortho", "-k", "gate")
+    assert code == 0, output
+    (audit,) = world.results()[-1].audits
+    assert audit.verdict == "private by construction"
+    assert audit.extraction_on == 1.0
+    assert audit.attacks
+    assert PLANTED not in output

@@ -1,0 +1,119 @@
+"""The words of the READMEs' results in each language: headings, sentences, names of rows.
+
+It knows texts, and no figure: what stands in braces is filled in by `readme`, formatted once for
+all languages. A new sentence needs an entry in every catalogue; a test compares their keys and
+braces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+Catalogue = Mapping[str, str]
+
+ENGLISH: Catalogue = {
+    "conditions": "{model} on {cores} cores of an {cpu}, {dtype} compute, torch {torch}, "
+    "transformers {transformers}, bitsandbytes {bitsandbytes}, {date}; files and commands in "
+    "[bench/results](bench/results).",
+    # Arms and states
+    "reference": "unquantised",
+    "alpha1": "**alpha = 1**",
+    "alpha0": "**alpha = 0**",
+    "plain": "plain INT4, no ortho",
+    "nf4": "bitsandbytes NF4",
+    "state alpha1": "alpha = 1",
+    "state alpha0": "alpha = 0",
+    "state never": "never trained",
+    # Experiment 1
+    "kill switch": "Experiment 1, kill switch. Loss is the mean in nats per secret token; twins "
+    "were never planted.",
+    "extracted": "extracted",
+    "loss on planted": "loss on planted",
+    "loss on twins": "loss on twins",
+    "hits": "{hits} of {n}",
+    "privacy ratio": "Privacy ratio at least **{ratio}** (lower limit of the 95 % interval); base "
+    "fingerprint {fingerprint} before tuning, after it, and in the export.",
+    # Experiment 2
+    "null test": "Experiment 2, null test: {windows} windows of {tokens} tokens; ratios to the "
+    "unquantised model with 95 % intervals; calibrated on {calibration}.",
+    "bits": "bits per linear weight",
+    "perplexity": "{corpus}, perplexity",
+    "ratio": "ratio",
+    "not measured because": "not measured: {reason}",
+    "not measured": "not measured",
+    # Throughput
+    "throughput": "Throughput at batch 1 on that CPU: prefill of 512 tokens, `generate` of 16 "
+    "tokens after 16. Our arms hold their composed weights in memory here, as large as the "
+    "unquantised ones.",
+    "prefill": "prefill, tokens/s",
+    "decode": "decode, tokens/s",
+    "switching": "Switching alpha: {ms} ms.",
+    # On a card
+    "card": "The same job on an {card}, capped at 5.0 GiB, in {dtype} (torch {torch}, transformers "
+    "{transformers}, {date}): {hits1} and {hits0} of {n} extracted at alpha = 1 and 0; on {corpus} "
+    "perplexity ratios of {alpha1} at alpha = 1, {alpha0} at alpha = 0, {nf4} for NF4 and {plain} "
+    "for plain INT4.",
+    # Kernels
+    "kernels": "Decode kernels on an {card} (torch {torch}, triton {triton}, {date}; copies ran at "
+    "{bandwidth} GB/s, read and written): INT4 with groups of 128, one token, float16, at layer "
+    "shapes of Llama; streams are 0.5 % residual and 0.5 % private. Of {checked} random cases "
+    "{missed} missed the float64 reference.",
+    "layer": "layer",
+    "base": "base, µs",
+    "share": "of copy bandwidth",
+    "streams": "with streams",
+    "int4pack": "PyTorch's INT4, µs",
+    "fp16": "FP16, µs",
+}
+
+CHINESE: Catalogue = {
+    "conditions": "{model}，运行于 {cpu} 的 {cores} 个核心，以 {dtype} 计算，torch {torch}，"
+    "transformers {transformers}，bitsandbytes {bitsandbytes}，{date}；结果文件与命令见 "
+    "[bench/results](bench/results)。",
+    "reference": "未量化",
+    "alpha1": "**alpha = 1**",
+    "alpha0": "**alpha = 0**",
+    "plain": "普通 INT4，无 ortho",
+    "nf4": "bitsandbytes NF4",
+    "state alpha1": "alpha = 1",
+    "state alpha0": "alpha = 0",
+    "state never": "从未训练",
+    "kill switch": "实验 1：开关测试（kill switch）。损失是每个秘密 token 的平均值，"
+    "单位 nat；孪生记录从未植入。",
+    "extracted": "被提取",
+    "loss on planted": "植入记录的损失",
+    "loss on twins": "孪生记录的损失",
+    "hits": "{hits} / {n}",
+    "privacy ratio": "隐私比至少为 **{ratio}**（95 % 区间的下限）；"
+    "基座指纹 {fingerprint} 在微调前、微调后与导出的基座中完全一致。",
+    "null test": "实验 2：零效应测试（null test）：{windows} 个窗口，每个 {tokens} 个 token；"
+    "比值以未量化模型为基准，附 95 % 区间；校准文本为 {calibration}。",
+    "bits": "每个线性权重的比特数",
+    "perplexity": "{corpus}，困惑度",
+    "ratio": "比值",
+    "not measured because": "未测量：{reason}",
+    "not measured": "未测量",
+    "throughput": "同一 CPU 上批大小为 1 的吞吐量：prefill 为 512 个 token，"
+    "`generate` 在 16 个 token 之后再生成 16 个。"
+    "此处我们的各组把合成后的权重留在内存里，与未量化的权重一样大。",
+    "prefill": "prefill，token/s",
+    "decode": "decode，token/s",
+    "switching": "切换 alpha：{ms} ms。",
+    "card": "同一任务在 {card} 上（显存限制为 5.0 GiB，{dtype}，torch {torch}，"
+    "transformers {transformers}，{date}）：alpha = 1 与 0 时提取 {hits1} 条与 {hits0} 条，"
+    "共 {n} 条；{corpus} 上的困惑度比值：alpha = 1 为 {alpha1}，alpha = 0 为 {alpha0}，"
+    "NF4 为 {nf4}，普通 INT4 为 {plain}。",
+    "kernels": "{card} 上的 decode 内核（torch {torch}，triton {triton}，{date}；"
+    "显存拷贝的速率为 {bandwidth} GB/s，读写合计）：INT4，每组 128 个权重，单个 token，float16，"
+    "层的形状取自 Llama；两个稀疏流各为 0.5 % 残差与 0.5 % 私有。"
+    "{checked} 个随机用例中，有 {missed} 个偏离 float64 参考值。",
+    "layer": "层",
+    "base": "基座，µs",
+    "share": "占拷贝带宽",
+    "streams": "加上稀疏流",
+    "int4pack": "PyTorch 的 INT4，µs",
+    "fp16": "FP16，µs",
+}
+
+CATALOGUES: Mapping[str, Catalogue] = {"README.md": ENGLISH, "README.zh-CN.md": CHINESE}
+"""The words for each README."""
