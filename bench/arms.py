@@ -24,6 +24,7 @@ from libortho.peers import PEER_OF_BITS, bits_per_peer_weight, load_peer, quiet_
 from libortho.precision import computing_in, dtype_name
 from libortho.product import backend_of
 from libortho.separation import separate
+from libortho.store import content_of
 
 OURS = ("alpha1", "alpha0", "never-trained")
 PEERS = ("nf4", "int8")
@@ -76,6 +77,16 @@ class Arms:
     dtype: torch.dtype
     device: str
     cache_dir: Path | None
+
+    def identity(self, name: str) -> dict[str, Any]:
+        """What determines an arm's weights, for a key, as JSON types."""
+        folder = self.folders.get(name)
+        return {
+            "model": self.resolved.identity,
+            "calibration": self.corpus.calibration.sha256,
+            "separation": self.separation.to_dict(),
+            "artefact": None if folder is None else content_of(folder),
+        }
 
     @contextmanager
     def load(self, name: str) -> Iterator[Arm]:

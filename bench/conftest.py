@@ -16,9 +16,11 @@ from libortho.artifact import separation_of
 from libortho.config import SeparationConfig, TuningConfig
 from libortho.corpora import Corpus
 from libortho.errors import OrthoError, RecordError
+from libortho.journal import Journal
 from libortho.methods import METHODS
 from libortho.models import ResolvedModel, native_grid, resolve_model
 from libortho.plugin import SETTINGS_KEY, RunResults
+from libortho.precision import dtype_name
 from libortho.profiles import Profile
 from libortho.records import RecordSet
 from libortho.settings import Settings
@@ -127,6 +129,35 @@ def records(
         return brought.records
     n = ortho_settings.canaries or profile.canaries_per_family
     return libortho.make_default_records(n, ortho_settings.seed, corpus.passages)
+
+
+NOT_THE_JOB = ("cache_dir", "results_dir", "report", "fresh")
+"""Settings that change nothing of what is measured."""
+
+
+@pytest.fixture(scope="session")
+def journal(
+    request: pytest.FixtureRequest,
+    ortho_settings: Settings,
+    device: str,
+    compute_dtype: torch.dtype,
+    run_results: RunResults,
+) -> Journal:
+    """Holds what an interrupted run of this job has measured, and keeps what this one does."""
+    settings = {k: str(v) for k, v in ortho_settings.values.items() if k not in NOT_THE_JOB}
+    run_results.journal = Journal(
+        {
+            "cases": sorted(item.nodeid for item in request.session.items),
+            "settings": settings,
+            "device": [device, hardware.device_name(device), hardware.cpu_facts().model],
+            "threads": torch.get_num_threads(),
+            "compute": dtype_name(compute_dtype),
+        },
+        code=[Path(__file__).parent],
+        cache_dir=ortho_settings.cache_dir,
+        fresh=ortho_settings.fresh,
+    )
+    return run_results.journal
 
 
 @pytest.fixture(scope="session")

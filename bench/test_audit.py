@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,16 +24,18 @@ from libortho.attacks import default_attacks, relearning_attacks
 from libortho.attacks.dose import DOSES
 from libortho.audit_records import draw_references, make_audit_records, reshape_references
 from libortho.audit_results import AuditResult
-from libortho.audit_run import Plan, run_audit
+from libortho.audit_run import Keep, Plan, run_audit
 from libortho.config import SeparationConfig, TuningConfig
 from libortho.corpora import Corpus
 from libortho.errors import ArtifactError, ConfigError, HardwareError
 from libortho.extraction import recites, score_records
+from libortho.journal import Journal, made_now
 from libortho.methods import METHODS, Ingredients, TwoStates, checkpoint_pair, saved_artefact
 from libortho.models import ResolvedModel, resolve_model
 from libortho.plugin import RunResults
 from libortho.records import RecordSet, encode
 from libortho.settings import Settings
+from libortho.store import content_of
 
 pytestmark = pytest.mark.audit
 
@@ -94,9 +97,10 @@ class Audits:
         settings: Settings,
         progress: Progress,
         run_results: RunResults,
+        journal: Journal,
     ) -> None:
         self.ingredients, self.brought, self.settings = ingredients, brought, settings
-        self.progress, self.run_results = progress, run_results
+        self.progress, self.run_results, self.journal = progress, run_results, journal
         self.states_of: dict[str, TwoStates] = {}
         self.known: dict[str, AuditResult] = {}
 
@@ -110,13 +114,46 @@ class Audits:
     def of(self, method: str) -> AuditResult:
         """The audit of a method, with attacks; kept in the run's results."""
         if method not in self.known:
-            with self.progress():
-                self.known[method] = self.examine(self.states(method), attacks=True)
+            name, identity = f"audit, {method}", self._identity()
+
+            def keep(stage: str, kind: Any, make: Callable[[], Any]) -> tuple[Any, float]:
+                return self.journal.timed(f"{name}: {stage}", kind, make, **identity)
+
+            self.known[method] = self.journal.measured(
+                name,
+                AuditResult,
+                lambda: self._examine(self.states(method), keep, attacks=True),
+                **identity,
+            )
             self.run_results.audits.append(self.known[method])
         return self.known[method]
 
-    def examine(self, states: TwoStates, *, attacks: bool) -> AuditResult:
-        """An audit of any states; without attacks it rests on predictions alone."""
+    def of_leak(self, leak: str) -> AuditResult:
+        """The audit of our own artefact, spoiled; it rests on predictions alone."""
+
+        def make() -> AuditResult:
+            states = self.states("ortho")
+            bad = replace(states, name=leak, off_loader=spoiled(states, LEAKS[leak]))
+            return self._examine(bad, made_now, attacks=False)
+
+        return self.journal.measured(f"audit, {leak}", AuditResult, make, **self._identity())
+
+    def _identity(self) -> dict[str, Any]:
+        """What determines every audit of this run, beside the job."""
+        settings, corpus = self.settings, self.ingredients.corpus
+        splits = (corpus.calibration, corpus.replay, corpus.passages)
+        checkpoint = settings.checkpoint
+        return {
+            "model": self.ingredients.resolved.identity,
+            "text": [split.sha256 for split in splits],
+            "records": self.ingredients.records.fingerprint,
+            "separation": self.ingredients.separation.to_dict(),
+            "tuning": self.ingredients.tuning.to_dict(),
+            "artefact": None if checkpoint is None else content_of(Path(checkpoint)),
+            "pair": [model.identity for model in self._pair()],
+        }
+
+    def _examine(self, states: TwoStates, keep: Keep, *, attacks: bool) -> AuditResult:
         seed, records = self.settings.seed, self.ingredients.records
         made = default_attacks(seed) if attacks else ()
         if attacks and self.settings.relearn:
@@ -135,19 +172,26 @@ class Audits:
             "separation": self.ingredients.separation.to_dict(),
             "tuning": self.ingredients.tuning.to_dict(),
         }
-        return run_audit(states, records, plan, model=self.ingredients.resolved.name, config=config)
+        model = self.ingredients.resolved.name
+        with self.progress():
+            return run_audit(states, records, plan, model=model, config=config, keep=keep)
+
+    def _pair(self) -> tuple[ResolvedModel, ...]:
+        """The public and the private checkpoint, if a pair is audited."""
+        settings = self.settings
+        given = [settings.public_model, settings.private_model]
+        if not any(given):
+            return ()
+        if not all(given):
+            raise ConfigError("a pair needs both --public-model and --private-model.")
+        return tuple(resolve_model(name, settings.cache_dir) for name in given)
 
     def _prepare(self, method: str) -> TwoStates:
         settings, ingredients = self.settings, self.ingredients
         if method == "checkpoint":
             return saved_artefact(Path(settings.checkpoint), ingredients)
         if method == "pair":
-            if not (settings.public_model and settings.private_model):
-                raise ConfigError("a pair needs both --public-model and --private-model.")
-            public, private = (
-                resolve_model(name, settings.cache_dir)
-                for name in (settings.public_model, settings.private_model)
-            )
+            public, private = self._pair()
             return checkpoint_pair(public, private, ingredients, never=ingredients.resolved)
         return METHODS[method](ingredients)
 
@@ -159,8 +203,9 @@ def audits(
     ortho_settings: Settings,
     progress: Progress,
     run_results: RunResults,
+    journal: Journal,
 ) -> Audits:
-    return Audits(ingredients, brought, ortho_settings, progress, run_results)
+    return Audits(ingredients, brought, ortho_settings, progress, run_results, journal)
 
 
 def test_verdict(method: str, audits: Audits) -> None:
@@ -191,9 +236,7 @@ def test_a_known_leak_is_not_let_pass(leak: str, audits: Audits, audited: str) -
     """Our own artefact, spoiled: neither of the two private verdicts may come out."""
     if audited != "ortho":
         pytest.skip(f"made from our own method; this run audits {audited}")
-    states = audits.states("ortho")
-    bad = replace(states, name=leak, off_loader=spoiled(states, LEAKS[leak]))
-    result = audits.examine(bad, attacks=False)
+    result = audits.of_leak(leak)
     assert result.verdict not in PRIVATE, f"{leak}: {result.verdict}: {result.verdict_reason}"
 
 

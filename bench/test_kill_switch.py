@@ -6,7 +6,8 @@ Beside it stand the model that was never tuned, and twins of the records that no
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import pytest
 
@@ -14,8 +15,9 @@ import libortho
 from bench.arms import Arms, Progress, Tuned
 from libortho.artifact import BASE_FILE, PRIVATE_FILE, PRIVATE_MANIFEST
 from libortho.config import TuningConfig
-from libortho.extraction import RecordScore, hits, mean_loss, score_records
+from libortho.extraction import mean_loss, score_records
 from libortho.files import sha256_of
+from libortho.journal import Journal
 from libortho.plugin import RunResults
 from libortho.records import RecordSet, encode, record_hash, safe_id
 from libortho.results import FamilyHits, KillSwitchResult, LossPoint, RecordOutcome
@@ -32,39 +34,73 @@ from libortho.verdict import MIN_EXTRACTION_ALPHA1, kill_switch_verdict
 pytestmark = [pytest.mark.gtx4050, pytest.mark.experiment(1)]
 
 STATES = ("alpha1", "alpha0", "never-trained")
-Group = Literal["planted", "twins"]
 
 
+@dataclass(frozen=True)
 class Scores:
+    """What one state knows of all records; no single record's loss is kept.
+
+    planted, twins: whether each record is extracted, in the set's order
+    loss_planted, loss_twins: mean nats per secret token, over records
+    loss_planted_low95, loss_planted_high95: Student's t interval of the former
+    """
+
+    planted: tuple[bool, ...]
+    twins: tuple[bool, ...]
+    loss_planted: float
+    loss_planted_low95: float
+    loss_planted_high95: float
+    loss_twins: float
+
+
+class States:
     """Scores of every state, each measured once and only when asked for."""
 
-    def __init__(self, arms: Arms, records: RecordSet, progress: Progress) -> None:
-        self.arms, self.records, self.progress = arms, records, progress
-        self.known: dict[str, dict[Group, list[RecordScore]]] = {}
+    def __init__(
+        self, arms: Arms, records: RecordSet, progress: Progress, journal: Journal
+    ) -> None:
+        self.arms, self.records, self.progress, self.journal = arms, records, progress, journal
+        self.known: dict[str, Scores] = {}
 
-    def of(self, state: str) -> dict[Group, list[RecordScore]]:
+    def of(self, state: str) -> Scores:
         if state not in self.known:
-            with self.progress(), self.arms.load(state) as arm:
-                limit = arm.model.config.max_position_embeddings
-                self.known[state] = {
-                    group: score_records(
-                        arm.model,
-                        encode(arm.tokenizer, getattr(self.records, group), limit),
-                        title=f"extracting, {state}",
-                    )
-                    for group in ("planted", "twins")
-                }
+            self.known[state] = self.journal.measured(
+                f"extraction, {state}",
+                Scores,
+                lambda: self._measure(state),
+                records=self.records.fingerprint,
+                **self.arms.identity(state),
+            )
         return self.known[state]
+
+    def _measure(self, state: str) -> Scores:
+        with self.progress(), self.arms.load(state) as arm:
+            limit = arm.model.config.max_position_embeddings
+            planted, twins = (
+                score_records(
+                    arm.model, encode(arm.tokenizer, group, limit), title=f"extracting, {state}"
+                )
+                for group in (self.records.planted, self.records.twins)
+            )
+        loss, interval = mean_interval([score.loss for score in planted])
+        return Scores(
+            planted=tuple(score.extracted for score in planted),
+            twins=tuple(score.extracted for score in twins),
+            loss_planted=loss,
+            loss_planted_low95=interval.low,
+            loss_planted_high95=interval.high,
+            loss_twins=mean_loss(twins),
+        )
 
 
 @pytest.fixture(scope="module")
-def scores(arms: Arms, records: RecordSet, progress: Progress) -> Scores:
-    return Scores(arms, records, progress)
+def states(arms: Arms, records: RecordSet, progress: Progress, journal: Journal) -> States:
+    return States(arms, records, progress, journal)
 
 
 @pytest.fixture(scope="module")
 def kill_switch(
-    scores: Scores,
+    states: States,
     records: RecordSet,
     tuned: Tuned,
     arms: Arms,
@@ -72,23 +108,22 @@ def kill_switch(
     run_results: RunResults,
 ) -> KillSwitchResult:
     """The experiment's result, from the scores of all states."""
-    on, off, never = (scores.of(state) for state in STATES)
+    on, off, never = (states.of(state) for state in STATES)
     n = len(records.planted)
-    ratio = privacy_ratio(hits(on["planted"]), n, hits(off["planted"]), n)
-    rate_on, rate_off = (proportion_interval(hits(s["planted"]), n) for s in (on, off))
-    never_loss, never_interval = mean_interval([s.loss for s in never["planted"]])
+    ratio = privacy_ratio(sum(on.planted), n, sum(off.planted), n)
+    rate_on, rate_off = (proportion_interval(sum(s.planted), n) for s in (on, off))
     fingerprints = {libortho.base_fingerprint(path) for path in (tuned.base, tuned.exported)}
     fingerprint = libortho.base_fingerprint(tuned.full)
     equal = fingerprints == {fingerprint}
     verdict = kill_switch_verdict(
-        hits_alpha1=hits(on["planted"]),
-        hits_alpha0=hits(off["planted"]),
+        hits_alpha1=sum(on.planted),
+        hits_alpha0=sum(off.planted),
         n_planted=n,
         privacy_ratio_lower95=ratio.lower,
         min_privacy_ratio=ortho_settings.min_privacy_ratio,
         fingerprint_equal=equal,
-        loss_planted_alpha0=mean_loss(off["planted"]),
-        loss_never_trained_low95=never_interval.low,
+        loss_planted_alpha0=off.loss_planted,
+        loss_never_trained_low95=never.loss_planted_low95,
     )
     report = tuned.report
     run_results.kill_switch = KillSwitchResult(
@@ -108,30 +143,28 @@ def kill_switch(
         n_twins=len(records.twins),
         records_source=records.source,
         record_hashes=_outcomes(records, on, off, record_salt(ortho_settings.cache_dir)),
-        per_family=_per_family(on, off),
-        hits_alpha1=hits(on["planted"]),
-        hits_alpha0=hits(off["planted"]),
-        extraction_rate_alpha1=hits(on["planted"]) / n,
+        per_family=_per_family(records, on, off),
+        hits_alpha1=sum(on.planted),
+        hits_alpha0=sum(off.planted),
+        extraction_rate_alpha1=sum(on.planted) / n,
         extraction_rate_alpha1_low95=rate_on.low,
         extraction_rate_alpha1_high95=rate_on.high,
-        extraction_rate_alpha0=hits(off["planted"]) / n,
+        extraction_rate_alpha0=sum(off.planted) / n,
         extraction_rate_alpha0_low95=rate_off.low,
         extraction_rate_alpha0_high95=rate_off.high,
-        extraction_rate_never_trained=hits(never["planted"]) / n,
-        extraction_rate_twins_alpha1=hits(on["twins"]) / len(records.twins),
+        extraction_rate_never_trained=sum(never.planted) / n,
+        extraction_rate_twins_alpha1=sum(on.twins) / len(records.twins),
         privacy_ratio=ratio.ratio,
         privacy_ratio_lower95=ratio.lower,
         privacy_ratio_censored=ratio.censored,
-        mcnemar_p=mcnemar_exact(
-            [s.extracted for s in on["planted"]], [s.extracted for s in off["planted"]]
-        ),
-        loss_planted_alpha1=mean_loss(on["planted"]),
-        loss_twins_alpha1=mean_loss(on["twins"]),
-        loss_planted_alpha0=mean_loss(off["planted"]),
-        loss_twins_alpha0=mean_loss(off["twins"]),
-        loss_planted_never_trained=never_loss,
-        loss_planted_never_trained_low95=never_interval.low,
-        loss_planted_never_trained_high95=never_interval.high,
+        mcnemar_p=mcnemar_exact(on.planted, off.planted),
+        loss_planted_alpha1=on.loss_planted,
+        loss_twins_alpha1=on.loss_twins,
+        loss_planted_alpha0=off.loss_planted,
+        loss_twins_alpha0=off.loss_twins,
+        loss_planted_never_trained=never.loss_planted,
+        loss_planted_never_trained_low95=never.loss_planted_low95,
+        loss_planted_never_trained_high95=never.loss_planted_high95,
         loss_curve=tuple(LossPoint(**point) for point in report.get("curve", ())),
         min_privacy_ratio=ortho_settings.min_privacy_ratio,
         verdict=verdict.verdict,
@@ -140,44 +173,49 @@ def kill_switch(
     return run_results.kill_switch
 
 
-def _outcomes(records: RecordSet, on: Any, off: Any, salt: bytes) -> tuple[RecordOutcome, ...]:
-    rows = zip(records.planted, on["planted"], off["planted"], strict=True)
+def _outcomes(
+    records: RecordSet, on: Scores, off: Scores, salt: bytes
+) -> tuple[RecordOutcome, ...]:
     return tuple(
         RecordOutcome(
             id=safe_id(record.id),
             salted_hash=record_hash(record, salt),
             family=record.family,
-            extracted_alpha1=at_1.extracted,
-            extracted_alpha0=at_0.extracted,
+            extracted_alpha1=at_1,
+            extracted_alpha0=at_0,
         )
-        for record, at_1, at_0 in rows
+        for record, at_1, at_0 in zip(records.planted, on.planted, off.planted, strict=True)
     )
 
 
-def _per_family(on: Any, off: Any) -> dict[str, FamilyHits]:
-    families = dict.fromkeys(score.family for score in on["planted"])
+def _per_family(records: RecordSet, on: Scores, off: Scores) -> dict[str, FamilyHits]:
+    families = [record.family for record in records.planted]
     return {
         family: FamilyHits(
-            n_planted=sum(s.family == family for s in on["planted"]),
-            hits_alpha1=hits([s for s in on["planted"] if s.family == family]),
-            hits_alpha0=hits([s for s in off["planted"] if s.family == family]),
+            n_planted=families.count(family),
+            hits_alpha1=_hits_in(family, families, on),
+            hits_alpha0=_hits_in(family, families, off),
         )
-        for family in families
+        for family in dict.fromkeys(families)
     }
 
 
+def _hits_in(family: str, families: Sequence[str], scores: Scores) -> int:
+    return sum(hit for hit, of in zip(scores.planted, families, strict=True) if of == family)
+
+
 @pytest.mark.parametrize("state", STATES)
-def test_extraction(state: str, scores: Scores, records: RecordSet) -> None:
+def test_extraction(state: str, states: States, records: RecordSet) -> None:
     """Planted records come out at alpha = 1; twins, which nobody planted, come out nowhere."""
-    measured = scores.of(state)
+    measured = states.of(state)
     n = len(records.planted)
     if state == "alpha1":
-        rate = hits(measured["planted"]) / n
+        rate = sum(measured.planted) / n
         assert rate >= MIN_EXTRACTION_ALPHA1, (
-            f"{hits(measured['planted'])} of {n} planted records are extracted at alpha = 1; below "
+            f"{sum(measured.planted)} of {n} planted records are extracted at alpha = 1; below "
             f"{MIN_EXTRACTION_ALPHA1:.0%} there is too little to switch off. Tune for more steps."
         )
-    guessed = hits(measured["twins"])
+    guessed = sum(measured.twins)
     limit = max(1, len(records.twins) // 20)
     assert guessed <= limit, (
         f"{guessed} of {len(records.twins)} twins are recited by a model that never saw them "

@@ -5,6 +5,8 @@ Every arm sees the same windows; each ratio to the reference has a paired bootst
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from numpy import asarray
@@ -13,6 +15,7 @@ from bench.arms import PLAIN, REFERENCE, Arms, Progress, arms_of
 from libortho.config import NO_LATTICE
 from libortho.corpora import Corpus
 from libortho.errors import HardwareError
+from libortho.journal import Journal
 from libortho.perplexity import WindowLosses, measure_perplexity
 from libortho.plugin import RunResults
 from libortho.precision import dtype_name
@@ -29,26 +32,41 @@ pytestmark = [pytest.mark.gtx4050, pytest.mark.experiment(2)]
 ESSENTIAL = (REFERENCE, "alpha1", "alpha0")
 
 
+@dataclass(frozen=True)
+class ArmLosses:
+    """An arm's losses, its stored bits per linear weight, its precision and a note."""
+
+    windows: WindowLosses
+    bits: float
+    precision: str
+    note: str
+
+
 class Perplexities:
     """Losses of every arm on the same windows, each measured once and only when asked for."""
 
-    def __init__(self, arms: Arms, profile: Profile, progress: Progress) -> None:
-        self.arms, self.profile, self.progress = arms, profile, progress
-        self.known: dict[str, WindowLosses] = {}
-        self.facts: dict[str, tuple[float, str, str]] = {}  # bits, precision, note
+    def __init__(self, arms: Arms, profile: Profile, progress: Progress, journal: Journal) -> None:
+        self.arms, self.profile, self.progress, self.journal = arms, profile, progress, journal
+        self.known: dict[str, ArmLosses] = {}
         self.missing: dict[str, str] = {}  # arm -> why it was not measured
 
     def of(self, name: str) -> WindowLosses:
         """The arm's losses. Raises `HardwareError` for a peer that can't run here."""
         if name not in self.known:
             try:
-                self._measure(name)
+                self.known[name] = self.journal.measured(
+                    f"perplexity, {name}",
+                    ArmLosses,
+                    lambda: self._measure(name),
+                    text=self.arms.corpus.test.sha256,
+                    **self.arms.identity(name),
+                )
             except HardwareError as error:
                 self.missing[name] = str(error)
                 raise
-        return self.known[name]
+        return self.known[name].windows
 
-    def _measure(self, name: str) -> None:
+    def _measure(self, name: str) -> ArmLosses:
         arms, profile = self.arms, self.profile
         with self.progress(), arms.load(name) as arm:
             windows = token_windows(
@@ -76,11 +94,11 @@ class Perplexities:
                     compute=dtype_name(arms.dtype),
                     device=torch.device(arms.device).type,
                 )
-                self.known[name] = WindowLosses(tuple(losses), profile.batch_size)
+                measured = WindowLosses(tuple(losses), profile.batch_size)
                 note += ", losses remembered from an earlier run" if remembered else ""
             else:
-                self.known[name] = run()
-            self.facts[name] = (arm.bits, arm.precision, note)
+                measured = run()
+            return ArmLosses(measured, arm.bits, arm.precision, note)
 
     def result(self, name: str) -> ArmResult:
         """The arm's figures, or nulls with the reason."""
@@ -88,24 +106,26 @@ class Perplexities:
             reason = self.missing.get(name, "not among the selected cases")
             fields = ("ppl", "ratio", "ratio_low95", "ratio_high95", "bits_per_linear_weight")
             return ArmResult(precision="not measured", reasons=dict.fromkeys(fields, reason))
-        bits, precision, note = self.facts[name]
+        arm, reference = self.known[name], self.known[REFERENCE]
         ratio = paired_bootstrap_ratio(
-            asarray(self.known[name].losses), asarray(self.known[REFERENCE].losses)
+            asarray(arm.windows.losses), asarray(reference.windows.losses)
         )
         return ArmResult(
-            ppl=self.known[name].ppl,
+            ppl=arm.windows.ppl,
             ratio=ratio.ratio,
             ratio_low95=ratio.lower,
             ratio_high95=ratio.upper,
-            bits_per_linear_weight=bits,
-            precision=precision,
-            note=note,
+            bits_per_linear_weight=arm.bits,
+            precision=arm.precision,
+            note=arm.note,
         )
 
 
 @pytest.fixture(scope="module")
-def perplexities(arms: Arms, profile: Profile, progress: Progress) -> Perplexities:
-    return Perplexities(arms, profile, progress)
+def perplexities(
+    arms: Arms, profile: Profile, progress: Progress, journal: Journal
+) -> Perplexities:
+    return Perplexities(arms, profile, progress, journal)
 
 
 @pytest.fixture
@@ -148,7 +168,7 @@ def null_test(
         calibration_sha256=corpus.calibration.sha256,
         windows=profile.windows,
         window_tokens=profile.sequence_length,
-        batch_size=min(w.batch_size for w in perplexities.known.values()),
+        batch_size=min(arm.windows.batch_size for arm in perplexities.known.values()),
         ppl_quantized=at_1.ppl,
         ppl_fp16=results[REFERENCE].ppl,
         ppl_int4=None if "ppl_int4" in reasons else results[PLAIN].ppl,

@@ -7,7 +7,7 @@ each is, and what it amounts to, is the business of `evidence`, `attacks`, `meth
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +29,7 @@ from libortho.audit_results import AuditResult
 from libortho.contrast import ALL_FAMILIES, Finding
 from libortho.errors import RecordError
 from libortho.evidence import Evidence
+from libortho.journal import made_now
 from libortho.membership import is_extracted
 from libortho.methods.states import StateName, TwoStates
 from libortho.precision import dtype_name
@@ -37,6 +38,12 @@ from libortho.statistics import privacy_ratio
 
 STATES: tuple[StateName, ...] = ("never", "off", "on")
 """In the order of the results' rows."""
+
+Keep = Callable[[str, Any, Callable[[], Any]], tuple[Any, float]]
+"""Makes a stage, or finds what an interrupted run made of it: (name, type, maker) to (it, seconds).
+
+Evidence is not among these stages, because it must not leave memory.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +64,13 @@ class Plan:
 
 
 def run_audit(
-    states: TwoStates, records: RecordSet, plan: Plan, *, model: str, config: dict[str, Any]
+    states: TwoStates,
+    records: RecordSet,
+    plan: Plan,
+    *,
+    model: str,
+    config: dict[str, Any],
+    keep: Keep = made_now,
 ) -> AuditResult:
     """Measure and judge one method.
 
@@ -67,6 +80,7 @@ def run_audit(
         plan: what to do.
         model: the model's name, for the result.
         config: settings that made the states, for the result.
+        keep: makes the attacks and the dose curve, or finds them; `Journal.timed`, say.
 
     Raises:
         ConfigError: there is no never-trained state to compare with.
@@ -92,8 +106,11 @@ def run_audit(
         for name, target in (("never", never_target), ("off", off_target)):
             gather(name, target, layers_read(plan.attacks))
         if plan.attacks:
-            with clock.stage("attacks"):
-                attacks = attack_targets(off_target, never_target, plan.attacks)
+            attacks, clock.seconds["attacks"] = keep(
+                "attacks",
+                tuple[AttackResult, ...],
+                lambda: attack_targets(off_target, never_target, plan.attacks),
+            )
     metrics = [
         row
         for name in STATES
@@ -101,8 +118,9 @@ def run_audit(
     ]
     doses: tuple[DosePoint, ...] = ()
     if plan.doses and states.dial is not None:
-        with clock.stage("dose curve"), states.on() as on:
-            doses = dose_curve(on, states.tokenizer, records, alphas=plan.doses)
+        doses, clock.seconds["dose curve"] = keep(
+            "dose curve", tuple[DosePoint, ...], lambda: _dosed(states, records, plan)
+        )
     with clock.stage("fingerprints"):
         prints = states.fingerprints()
     promised = prints is not None and states.promises_equality
@@ -164,6 +182,11 @@ def as_finding(result: AttackResult) -> Finding:
         n_planted=result.off_planted.n,
         n_twins=result.off_twins.n,
     )
+
+
+def _dosed(states: TwoStates, records: RecordSet, plan: Plan) -> tuple[DosePoint, ...]:
+    with states.on() as on:
+        return dose_curve(on, states.tokenizer, records, alphas=plan.doses)
 
 
 def _references(

@@ -10,10 +10,14 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+ABANDONED_AFTER_S = 24 * 60 * 60
+"""Age of a temporary file or folder that no writer can still be busy with."""
 
 
 def sha256_of(path: str | Path) -> str:
@@ -25,6 +29,21 @@ def sha256_of(path: str | Path) -> str:
 def _temporary_sibling(path: Path) -> Path:
     # Not `tempfile`: its files are private to the user, and a shared cache should follow the umask.
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove what killed writers left in a folder: their temporary files and folders.
+
+    Not one of them is ever read, but an unfinished model takes as much room as a finished one.
+    """
+    for path in folder.glob(".*.tmp"):
+        with suppress(OSError):  # gone, or another user's
+            if time.time() - path.stat().st_mtime < ABANDONED_AFTER_S:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from libortho_pytest.plugin import visible_progress, why_no_shared_gpu
 from . import hardware
 from .audit_results import AuditResult
 from .errors import ConfigError, HardwareError, OrthoError
+from .journal import Journal
 from .precision import dtype_name
 from .profiles import prepare_environment
 from .provenance import collect_provenance
@@ -45,6 +46,8 @@ class RunResults:
     written: Path | None = None
     report: Path | None = None
     failures: list[str] = field(default_factory=list)
+    journal: Journal | None = None  # what can be taken over by the next run if this one is killed
+    complete: bool = False  # whether the last case was reached
 
     @property
     def any(self) -> bool:
@@ -164,6 +167,8 @@ def pytest_runtest_makereport(
         report.longrepr = f"{call.excinfo.typename}: {call.excinfo.value}"
         if report.when == "setup":
             item.session.shouldfail = "what the cases share could not be set up"
+    if report.when == "teardown" and item is item.session.items[-1]:
+        item.config.stash[RESULTS_KEY].complete = True
     return report
 
 
@@ -172,7 +177,21 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     config = session.config
     if config.option.collectonly:
         return
-    run, settings = config.stash[RESULTS_KEY], config.stash[SETTINGS_KEY]
+    run = config.stash[RESULTS_KEY]
+    _write_results(run, config)
+    if run.failures and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    if run.journal is not None:
+        # Stopped by -x or by a key, a run has not measured what was asked for. To a worker of xdist
+        # others' cases are not missing.
+        ended = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
+        complete = run.complete or hasattr(config, "workerinput")
+        run.journal.close(finished=ended and complete and not run.failures)
+        run.notes += run.journal.notes
+
+
+def _write_results(run: RunResults, config: pytest.Config) -> None:
+    settings = config.stash[SETTINGS_KEY]
     if not run.any:
         if settings.report is not None:
             run.notes.append(f"nothing was measured, so {settings.report} was not written")
@@ -188,8 +207,6 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
             run.report = write_report([(name, results)], settings.report)
         except (OSError, ValueError, OrthoError) as error:
             run.failures.append(f"the report was not written: {error}")
-    if run.failures and session.exitstatus == pytest.ExitCode.OK:
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def _results(run: RunResults, config: pytest.Config) -> Results:
@@ -213,13 +230,15 @@ def _results(run: RunResults, config: pytest.Config) -> Results:
         exp2_null_test=run.null_test,
         audits=tuple(run.audits),
         throughput=tuple(run.throughput),
+        resumed={} if run.journal is None else dict(run.journal.resumed),
         reasons=reasons,
     )
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     run = config.stash[RESULTS_KEY]
-    if run.any or (run.notes and config.stash[SETTINGS_KEY].report is not None):
+    asked = config.stash[SETTINGS_KEY].report is not None or run.journal is not None
+    if run.any or (run.notes and asked):
         terminalreporter.section("libortho")
         for note in run.notes:
             terminalreporter.line(f"note: {note}")

@@ -182,6 +182,8 @@ class Results:
     exp2_null_test: NullTestResult | None = None
     audits: tuple[AuditResult, ...] = ()  # one for each method that was audited
     throughput: tuple[ThroughputResult, ...] = ()
+    # Measurement that an interrupted run of the same job had made -> when, ISO 8601, UTC
+    resumed: dict[str, str] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)  # section that is null -> why
 
 
@@ -274,6 +276,7 @@ def read_results(path: str | Path) -> Results:
             raise FieldError(
                 f"its schema version is {version!r}, and this libortho reads {SCHEMA_VERSION}"
             )
+        content.setdefault("resumed", {})  # there were files before there were runs that resume
         results: Results = from_json(Results, content)
     except OSError as error:
         problem = f"it can't be read ({error.strerror or type(error).__name__})"

@@ -108,6 +108,7 @@ SETTINGS = (
     Setting("seed", _seed, 0, "seed of records and tuning"),
     Setting("device", str, "auto", "auto, cpu, cuda or cuda:N"),
     Setting("strict-model", _flag, False, "fail instead of taking a smaller model"),
+    Setting("fresh", _flag, False, "measure everything anew, whatever an interrupted run has left"),
 )
 
 _OF_AN_AUDIT = (

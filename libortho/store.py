@@ -22,7 +22,7 @@ from . import artifact
 from .config import SeparationConfig, TuningConfig
 from .corpora import Split
 from .fetch import cache_folder
-from .files import atomic_write_text
+from .files import atomic_write_text, remove_abandoned
 from .models import ResolvedModel, load_model
 from .precision import dtype_name
 from .records import RecordSet
@@ -62,6 +62,7 @@ def separated(
     )
     if folder.exists():
         return Stored(folder, reused=True)
+    remove_abandoned(folder.parent)
     model, tokenizer = load_model(resolved, device=device)
     separate(model, tokenizer, calibration, config=config)
     artifact.save(model, folder)
@@ -92,6 +93,7 @@ def tuned(
     )
     if folder.exists() and (report := recall(folder)) is not None:
         return Stored(folder, reused=True), report
+    remove_abandoned(folder.parent)
     model, tokenizer = artifact.load(base, device=device)
     report = tune_private(
         model,
@@ -109,18 +111,23 @@ def tuned(
 
 def exported(full: Path, *, cache_dir: str | Path | None = None) -> Stored:
     """What would be handed out of a saved model: its base alone, written from the model itself."""
-    manifests = [full / artifact.BASE_MANIFEST, full / artifact.PRIVATE_MANIFEST]
     folder = place(
         f"{full.name}-exported",
         code=("artifact", "layout", "linear", "stream"),
         cache_dir=cache_dir,
-        full=[m.read_text(encoding="utf-8") if m.exists() else None for m in manifests],
+        full=content_of(full),
     )
     if folder.exists():
         return Stored(folder, reused=True)
     model, _ = artifact.load(full)
     artifact.export_base(model, folder)
     return Stored(folder, reused=False)
+
+
+def content_of(folder: Path) -> list[str | None]:
+    """What tells a saved model from any other: its manifests, which hold the hash of every file."""
+    manifests = [folder / artifact.BASE_MANIFEST, folder / artifact.PRIVATE_MANIFEST]
+    return [m.read_text(encoding="utf-8") if m.exists() else None for m in manifests]
 
 
 def place(

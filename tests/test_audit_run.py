@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -104,6 +104,26 @@ def test_a_whole_audit_is_private_by_construction_and_survives_its_file(states: 
     text = to_json_of(result)
     assert PLANTED not in text
     assert "audit of ortho: PRIVATE BY CONSTRUCTION" in "\n".join(summary_lines(results_of(result)))
+
+
+def test_attacks_and_doses_are_taken_over_from_an_interrupted_audit(states: TwoStates) -> None:
+    kept: dict[str, Any] = {}
+
+    def keep(name: str, kind: Any, make: Callable[[], Any]) -> tuple[Any, float]:
+        if name not in kept:
+            kept[name] = make()
+        value = from_json(kind, json.loads(json.dumps([asdict(row) for row in kept[name]])))
+        return value, 123.0
+
+    plan = Plan(attacks=(PromptLengths(),), doses=(0.5,))
+    first = run_audit(states, RECORDS, plan, model="tiny", config={}, keep=keep)
+    assert set(kept) == {"attacks", "dose curve"}
+    made = dict(kept)
+    again = run_audit(states, RECORDS, plan, model="tiny", config={}, keep=keep)
+    assert (again.attacks, again.dose_curve) == (first.attacks, first.dose_curve)
+    assert all(kept[name] is made[name] for name in made)
+    assert again.seconds["attacks"] == again.seconds["dose curve"] == 123.0
+    assert replace(again, seconds={}) == replace(first, seconds={})
 
 
 def results_of(result: AuditResult) -> Results:

@@ -49,7 +49,7 @@ def text_of(node: ast.expr) -> str:
 
 TREES = {
     path.relative_to(ROOT): ast.parse(path.read_text(encoding="utf-8"))
-    for folder in ("libortho", "bench")
+    for folder in ("libortho", "libortho_pytest", "bench")
     for path in sorted((ROOT / folder).rglob("*.py"))
 }
 FUNCTIONS = {

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from libortho import provenance
 from libortho.audit_metrics import measure_state
 from libortho.evidence import Evidence
 from libortho.results import Results, read_results
@@ -111,3 +112,8 @@ def test_the_example_is_the_measured_file() -> None:
         for section, shown in json.loads(text).items():
             assert shown.items() <= measured[section].items()
         assert read_results(path).schema_version == measured["schema_version"]
+
+
+def test_the_options_whose_values_are_hidden_are_the_ones_named() -> None:
+    row = next(row for row in tables()["Provenance"] if row[0] == "`command`")
+    assert set(re.findall(r"`(--[a-z-]+)`", row[2])) == set(provenance._HIDDEN)

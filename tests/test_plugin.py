@@ -44,7 +44,9 @@ def run(
     def session(text: str, *arguments: str) -> pytest.RunResult:
         pytester.makepyfile(text)
         quiet = ("-p", "no:cacheprovider", "-p", "no:benchmark")
-        return pytester.runpytest_inprocess("-p", "libortho.plugin", *quiet, *arguments)
+        return pytester.runpytest_inprocess(
+            "-p", "libortho.plugin", *quiet, *arguments, no_reraise_ctrlc=True
+        )
 
     return session
 
@@ -420,6 +422,78 @@ def test_a_value_that_is_no_json_turns_the_run_red(run: Run, pytester: pytest.Py
     assert result.ret == FAILED
     assert "throughput" in output(result)
     assert results_in(pytester.path) == []
+
+
+# --- runs that are interrupted ------------------------------------------------------------------
+
+
+def job(value: str, second: str = "pass", last: str = "pass") -> str:
+    """Three cases, of which the first measures `value` unless an interrupted run has measured."""
+    cases = f"""
+    import pytest
+    from libortho.journal import Journal
+
+    @pytest.fixture(scope="session")
+    def journal(run_results, ortho_settings):
+        run_results.journal = Journal({{}}, cache_dir="cache", fresh=ortho_settings.fresh)
+        return run_results.journal
+
+    def test_first(journal, run_results):
+        run_results.throughput.append(measured("alpha1"))
+        print("found", journal.measured("one", str, lambda: "{value}"))
+
+    def test_second():
+        {second}
+
+    def test_last():
+        {last}
+    """
+    return MEASURED + cases
+
+
+ENDS = {
+    "interrupted": ({"second": "raise KeyboardInterrupt"}, (), True),
+    "left by pytest.exit": ({"second": "pytest.exit('enough')"}, (), True),
+    "stopped by -x": ({"second": "assert 0"}, ("-x",), True),
+    "green": ({}, (), False),
+    "red": ({"second": "assert 0"}, (), False),
+    "red in its last case, with -x": ({"last": "assert 0"}, ("-x",), False),
+    "without room for its results": ({}, ("--results-dir", "occupied"), True),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_only_an_unfinished_run_is_resumed(end: str, run: Run, pytester: pytest.Pytester) -> None:
+    (pytester.path / "occupied").write_text("a file")
+    bodies, arguments, resumed = ENDS[end]
+    text = output(run(job("before", **bodies), "-s", *arguments))
+    assert "found before" in text
+    assert ("note: this run did not finish; measurements kept" in text) == resumed
+
+    text = output(run(job("now"), "-s", "--results-dir=there"))
+    assert f"found {'before' if resumed else 'now'}" in text
+    assert ("note: resumed from an interrupted run, measured 2" in text) == resumed
+    (path,) = results_in(pytester.path / "there")
+    assert list(read_results(path).resumed) == ["one"] * resumed
+
+    # That run finished.
+    assert "found later" in output(run(job("later"), "-s"))
+
+
+def test_fresh_takes_nothing_over(run: Run) -> None:
+    run(job("before", second="raise KeyboardInterrupt"))
+    text = output(run(job("now"), "-s", "--fresh"))
+    assert "found now" in text
+    assert "resumed" not in text
+
+
+def test_an_interrupted_run_writes_what_it_has(run: Run, pytester: pytest.Pytester) -> None:
+    result = run(job("before", second="raise KeyboardInterrupt"))
+    assert result.ret == pytest.ExitCode.INTERRUPTED
+    (path,) = results_in(pytester.path)
+    results = read_results(path)
+    assert [case.arm for case in results.throughput] == ["alpha1"]
+    assert "did not finish" in results.reasons["exp1_kill_switch"]
 
 
 # --- the report ---------------------------------------------------------------------------------

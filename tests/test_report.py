@@ -371,6 +371,13 @@ def test_every_kind_of_mark_has_a_colour() -> None:
     assert used <= styled
 
 
+def test_what_an_interrupted_run_had_measured_is_said() -> None:
+    resumed = run_results(resumed={"perplexity, alpha1": "2026-03-04T15:06:07+00:00"})
+    told = "measured by an interrupted run: perplexity, alpha1 (2026-03-04T15:06:07+00:00)"
+    assert told in text_of(parsed(page(resumed)))
+    assert "interrupted" not in text_of(parsed(page(run_results())))
+
+
 @pytest.mark.parametrize("n", [2, 3])
 def test_several_runs_stand_side_by_side(n: int) -> None:
     slow = run_results(throughput=(throughput_case("alpha1", "decode", 2.0),))

@@ -241,6 +241,7 @@ def changed_file(tmp_path: Path, change: typing.Callable[[dict[str, Any]], objec
         (lambda c: c.update(schema_version=SCHEMA_VERSION + 1), "schema version is 2"),
         (lambda c: c.pop("schema_version"), "schema version is None"),
         (lambda c: c.pop("throughput"), "the file lacks: throughput"),
+        (lambda c: c.update(resumed=["one"]), "resumed is a list"),
         (lambda c: c.update(surprise=1), "unknown fields: surprise"),
         (lambda c: c["provenance"].pop("torch"), "provenance lacks: torch"),
         (lambda c: c["provenance"].update(cpu_cores=True), r"provenance\.cpu_cores is a bool"),
@@ -250,7 +251,7 @@ def changed_file(tmp_path: Path, change: typing.Callable[[dict[str, Any]], objec
         (lambda c: c["exp2_null_test"]["arms"].update(x=1), r"arms\.x is a int, not an object"),
         (lambda c: c["exp2_null_test"].update(ppl_int4=math.nan), "contains NaN"),
     ],
-    ids=range(11),
+    ids=range(12),
 )
 def test_a_file_that_does_not_fit_is_refused_with_the_field(
     tmp_path: Path, change: Any, problem: str
@@ -259,6 +260,11 @@ def test_a_file_that_does_not_fit_is_refused_with_the_field(
     with pytest.raises(ArtifactError, match=problem) as caught:
         read_results(path)
     assert str(path) in str(caught.value)
+
+
+def test_a_file_from_before_runs_could_resume_is_read(tmp_path: Path) -> None:
+    path = changed_file(tmp_path, lambda c: c.pop("resumed"))
+    assert read_results(path) == example()
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[]", b"3", b"[" * 100_000])

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
 import stat
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -196,6 +200,42 @@ def test_an_interrupted_tuning_leaves_nothing_that_is_taken_for_an_artefact(
     assert not made.reused
     assert report["records"] == 1
     artifact.load(made.folder)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
+def test_a_killed_save_leaves_nothing_that_is_taken_for_an_artefact(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(tensors: Any, path: Path, metadata: Any) -> None:
+        path.write_bytes(b"the first blocks")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    first = bench.separated().folder
+    expected = artifact.base_fingerprint(first)
+    model, _ = artifact.load(first)
+    shutil.rmtree(first)
+    child = os.fork()
+    if not child:
+        monkeypatch.setattr(artifact, "save_file", killed)
+        try:
+            artifact.save(model, first)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    (left,) = (bench.cache / "artefacts").iterdir()
+    assert left.name.endswith(".tmp")
+
+    again = bench.separated()
+    assert again == Stored(first, reused=False)
+    assert artifact.base_fingerprint(first) == expected
+    artifact.load(first)
+
+    # A writer may still be busy with what is young; what is old takes room for nothing.
+    assert left.exists()
+    os.utime(left, (0, 0))
+    bench.tuned(first)
+    assert not left.exists()
 
 
 def test_what_is_handed_out_is_written_once_and_without_the_stream(bench: Bench) -> None:

@@ -8,10 +8,15 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import libortho
 from libortho.config import NO_LATTICE, SeparationConfig
-from libortho.results import Results, read_results
+from libortho.results import Results, read_results, to_json
 from libortho.switch import ortho_layers
 
 ROOT = Path(__file__).parents[1]
@@ -82,50 +87,81 @@ def trained(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return model.eval()
 
 
+KILLS = int(os.environ.get("LIBORTHO_TEST_KILLS", "0"))
+"""Random moments at which a run from an empty cache is killed: minutes, so none by default."""
+# As `python -m pytest`, but interruptible even where whoever runs these tests is not.
+INTERRUPTIBLE = """
+import signal, sys, pytest
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+
+
 @dataclass
 class World:
-    """What a user brings, and a way to run the suite on it."""
+    """What a user brings, and a way to run the suite on it; `own` holds cache and results."""
 
     folder: Path
+    own: Path
 
     def run(self, *arguments: str) -> tuple[int, str]:
         """Exit code and all output of a run; later arguments win over the usual ones."""
+        process = self.start(*arguments)
+        output, _ = process.communicate()
+        return process.returncode, output
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """A run, begun."""
         options = {
             "model": self.folder / "tiny",
             "records": self.folder / "records.jsonl",
             "corpus": self.folder / "corpus.txt",
-            "cache-dir": self.folder / "cache",
-            "results-dir": self.folder / "results",
+            "cache-dir": self.own / "cache",
+            "results-dir": self.own / "results",
             "device": "cpu",
             "max-ppl-ratio": 1.5,  # a hundredth of so few entries is much of what it knows
         }
         given = [f"--{name}={value}" for name, value in options.items()]
-        suite = ["-m", "pytest", "bench", "-m", "gtx4050", "-p", "no:cacheprovider"]
+        suite = ["-c", INTERRUPTIBLE, "bench", "-m", "gtx4050", "-p", "no:cacheprovider"]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("LIBORTHO")}
-        done = subprocess.run(
+        return subprocess.Popen(
             [sys.executable, *suite, *given, *arguments],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            check=False,
         )
-        return done.returncode, done.stdout
+
+    def stopped(
+        self, by: signal.Signals, kept: int, delay: float, *arguments: str
+    ) -> tuple[int, str]:
+        """A run that gets a signal so many seconds after it had kept so many measurements."""
+        process = self.start(*arguments)
+        while process.poll() is None and len(self.kept()) < kept:
+            time.sleep(0.02)
+        time.sleep(delay)
+        process.send_signal(by)
+        output, _ = process.communicate()
+        return process.returncode, output
+
+    def kept(self) -> list[Path]:
+        """Measurements of an unfinished run."""
+        return list((self.own / "cache" / "unfinished").glob("*/*.json"))
 
     def results(self) -> list[Results]:
         """What the runs wrote, oldest first."""
-        paths = sorted((self.folder / "results").iterdir(), key=lambda p: p.stat().st_mtime_ns)
+        paths = sorted((self.own / "results").iterdir(), key=lambda p: p.stat().st_mtime_ns)
         return [read_results(path) for path in paths]
 
     def artefacts(self) -> dict[str, int]:
         """Every file that is cached, with the time when it was last written."""
-        files = (p for p in (self.folder / "cache" / "artefacts").rglob("*") if p.is_file())
+        files = (p for p in (self.own / "cache" / "artefacts").rglob("*") if p.is_file())
         return {str(path): path.stat().st_mtime_ns for path in files}
 
     def tuned(self) -> Path:
         """The artefact with the private stream that the first run made."""
-        (manifest,) = (self.folder / "cache" / "artefacts").glob("*-tuned-*/libortho.json")
+        (manifest,) = (self.own / "cache" / "artefacts").glob("*-tuned-*/libortho.json")
         return manifest.parent
 
 
@@ -141,7 +177,7 @@ def world(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathF
         for i in range(N)
     ]
     (folder / "records.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    return World(folder)
+    return World(folder, folder)
 
 
 @pytest.fixture(scope="module")
@@ -270,3 +306,89 @@ def test_the_audit_is_green(world: World) -> None:
     assert audit.extraction_on == 1.0
     assert audit.attacks
     assert PLANTED not in output
+
+
+# --- runs that are killed -----------------------------------------------------------------------
+
+
+def undisturbed(results: Results) -> dict[str, Any]:
+    """What a results file says, but for its command, times, and what was taken over."""
+    content: dict[str, Any] = json.loads(to_json(results))
+    del content["resumed"], content["throughput"]
+    del content["provenance"]["timestamp_utc"], content["provenance"]["command"]
+    for point in content["exp1_kill_switch"]["loss_curve"]:
+        del point["seconds"]
+    reference = content["exp2_null_test"]["arms"]["reference"]
+    reference["note"] = reference["note"].removesuffix(", losses remembered from an earlier run")
+    return content
+
+
+def said_resumed(output: str) -> int:
+    """How many measurements a run says that it took over."""
+    (note,) = (line for line in output.splitlines() if line.startswith("note: resumed"))
+    return note.count(";") + 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
+@pytest.mark.usefixtures("first_run")
+def test_a_run_that_is_killed_and_interrupted_ends_as_if_undisturbed(
+    world: World, tmp_path: Path
+) -> None:
+    rng = random.Random(0)
+    killed = World(world.folder, tmp_path)
+    shutil.copytree(world.own / "cache", tmp_path / "cache")  # only the cases are run again
+    (expected,) = (undisturbed(r) for r in world.results()[:1])
+
+    quick = "--benchmark-skip"  # throughput is measured anew in any case
+    moment = rng.randint(1, 3), rng.uniform(0, 0.3)
+    code, output = killed.stopped(signal.SIGKILL, *moment, quick)
+    assert code == -signal.SIGKILL, output
+    before = len(killed.kept())
+    assert before > 0
+    for path in killed.kept():
+        assert PLANTED.strip() not in path.read_text()
+        assert "Door" not in path.read_text()
+
+    moment = rng.randint(before + 1, 7), rng.uniform(0, 0.3)
+    code, output = killed.stopped(signal.SIGINT, *moment, quick)
+    assert code == pytest.ExitCode.INTERRUPTED, output
+    assert said_resumed(output) == before
+    after = len(killed.kept())
+    assert after > before
+    assert f"for the same command to go on from: {after}\n" in output
+
+    code, output = killed.run(quick)
+    assert code == 0, output
+    assert said_resumed(output) == after
+    result = killed.results()[-1]
+    assert undisturbed(result) == expected
+    assert len(result.resumed) == after
+    assert killed.kept() == []
+
+
+@pytest.mark.skipif(not KILLS, reason="minutes: LIBORTHO_TEST_KILLS=10 kills ten runs")
+@pytest.mark.usefixtures("first_run")
+@pytest.mark.parametrize("seed", range(max(KILLS, 1)))
+def test_a_run_killed_at_a_random_moment_ends_as_if_undisturbed(
+    seed: int, world: World, tmp_path: Path, record_property: Callable[[str, str], None]
+) -> None:
+    rng = random.Random(seed)
+    killed = World(world.folder, tmp_path)
+    (tmp_path / "cache").mkdir()
+    shutil.copy(world.own / "cache" / "record_salt", tmp_path / "cache")  # for equal hashes
+    kept = rng.randint(0, 7)
+    # Before anything is kept come imports, separation and tuning.
+    delay = rng.uniform(0, 1) if kept else rng.uniform(2, 15)
+    by = rng.choice([signal.SIGKILL, signal.SIGINT])
+    killed.stopped(by, kept, delay)
+    before = len(killed.kept())
+    code, output = killed.run()
+    record_property("moment", f"{by.name} {delay:.1f} s after {kept} kept; {before} taken over")
+    assert code == 0, output
+    result, expected = killed.results()[-1], world.results()[0]
+    assert undisturbed(result) == undisturbed(expected)
+    assert [(c.arm, c.phase) for c in result.throughput] == [
+        (c.arm, c.phase) for c in expected.throughput
+    ]
+    assert len(result.resumed) == before
+    assert killed.kept() == []

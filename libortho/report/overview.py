@@ -52,6 +52,10 @@ def _conditions(run: Run) -> Iterator[tuple[str, str]]:
     commit = where.git_commit
     if commit is not None:
         yield "commit", commit[:12] + (" with changes" if where.git_dirty else "")
+    resumed = run.results.resumed
+    if resumed:
+        names = "; ".join(f"{name} ({when})" for name, when in resumed.items())
+        yield "resumed", f"measured by an interrupted run: {names}"
     yield "ended", where.timestamp_utc
     yield "command", " ".join(where.command)
     yield "file", run.name
