@@ -136,19 +136,17 @@ def test_a_session_of_audits(run: Run, pytester: pytest.Pytester) -> None:
 
 
 def test_an_unforeseen_failure_shows_no_record(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def collect_set(_: Any, __: Any, records: Any, **___: Any) -> None:
+    def run_audit(_: Any, records: Any, *__: Any, **___: Any) -> None:
         first = records.planted[0].secret
         raise RuntimeError(f"something of length {len(first)}")
 
-    monkeypatch.setattr(
-        audit_artefact.run_audit.__globals__["evidence"], "collect_set", collect_set
-    )
+    monkeypatch.setattr(audit_artefact, "run_audit", run_audit)
     case = "def test_one(ortho_audit): ortho_audit('full', records='records.jsonl')"
     result = run(case, "--showlocals", "-vv", "--full-trace")
     result.assert_outcomes(failed=1)
     text = output(result)
     assert "RuntimeError: something of length 5" in text
-    assert "audit_run.py" in text  # where, as lines of code
+    assert "audit_artefact.py" in text  # where, as lines of code
     assert no_secret(text)
 
 
