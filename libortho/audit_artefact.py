@@ -57,7 +57,7 @@ def audit_artefact(
         ModelLoadError: it was not made from this model.
         RecordError: a family has too few records for any verdict, or one can't be encoded.
     """
-    _check_enough(records)
+    check_enough(records)
     device = resolve_device(device)
     separation = separation_of(folder)
     ingredients = Ingredients(
@@ -78,12 +78,12 @@ def audit_artefact(
         references=reshape_references(records.planted, seed=records.seed) if attacks else {},
         doses=DOSES if attacks else (),
     )
-    config = {"separation": separation.to_dict()}
+    config = {"artefact": Path(folder).absolute().name, "separation": separation.to_dict()}
     return run_audit(states, records, plan, model=public_model.name, config=config)
 
 
-def _check_enough(records: RecordSet) -> None:
-    """Before anything is loaded: fewer records than this can't carry a verdict."""
+def check_enough(records: RecordSet) -> None:
+    """Raise `RecordError` for fewer records than can carry a verdict; loads nothing."""
     few = list(_too_few(records))
     if few:
         raise RecordError(

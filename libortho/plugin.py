@@ -1,23 +1,27 @@
-"""The pytest plugin: options, markers, gates that must run, the results file, the closing table.
+"""The suite's pytest plugin: options, markers, cards, the results file, the closing table.
 
 Knows pytest. Measures nothing: cases hand their results to `RunResults`, and this writes them down.
+It belongs to a checkout, whose conftest names it; what is there wherever libortho is installed, and
+the gates that must run, is `libortho_pytest`.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from libortho_pytest.gates import gates_of
+from libortho_pytest.plugin import visible_progress, why_no_shared_gpu
+
 from . import hardware
 from .audit_results import AuditResult
-from .errors import ConfigError, OrthoError
+from .errors import ConfigError, HardwareError, OrthoError
 from .journal import Journal
 from .precision import dtype_name
 from .profiles import prepare_environment
@@ -50,9 +54,10 @@ class RunResults:
         return bool(self.kill_switch or self.null_test or self.audits or self.throughput)
 
 
+pytest_plugins = ["libortho_pytest.plugin"]
+
 SETTINGS_KEY = pytest.StashKey[Settings]()
 RESULTS_KEY = pytest.StashKey[RunResults]()
-_GATES_KEY = pytest.StashKey[dict[str, str]]()
 
 _MARKERS = (
     "gtx4050: an experiment or throughput case of the 6 GB profile; the main job is -m gtx4050",
@@ -60,7 +65,6 @@ _MARKERS = (
     "experiment(number): belongs to experiment 1 or 2, for --experiment",
     "vram(gib): needs this much free GPU memory when it runs on a GPU, in GiB",
     "gpu: needs a CUDA device",
-    "gate: asserts a threshold that a release depends on; when asked for, it must run",
 )
 
 
@@ -105,7 +109,7 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(str(error)) from error
     config.stash[SETTINGS_KEY] = settings
     config.stash[RESULTS_KEY] = RunResults()
-    config.stash[_GATES_KEY] = {}
+    gates_of(config).strict = True
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -129,10 +133,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if dropped:
             config.hook.pytest_deselected(items=dropped)
             items[:] = kept
-    gates = config.stash[_GATES_KEY]
-    for item in items:
-        if item.get_closest_marker("gate"):
-            gates[item.nodeid] = "was not reached"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -142,6 +142,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(f"needs a CUDA device; found none: {found} See python -m libortho check-gpu.")
     marker = item.get_closest_marker("vram")
     cards = hardware.cards() if marker and device != "cpu" else []
+    shared = why_no_shared_gpu(item.config)
+    if shared and (item.get_closest_marker("gpu") or cards):
+        pytest.fail(f"refused: {shared}", pytrace=False)
     if marker and cards:
         needed = float(marker.kwargs.get("gib", *marker.args))
         index = int(device.partition(":")[2] or 0) if device != "auto" else 0
@@ -152,9 +155,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
                 f"needs {needed:g} GiB of free GPU memory; found {free:.1f} GiB. Close what else "
                 "uses the card, choose a smaller --model or fewer bits, or use --device cpu."
             )
-
-
-# --- gates must run -----------------------------------------------------------------------------
 
 
 @pytest.hookimpl(wrapper=True)
@@ -169,15 +169,6 @@ def pytest_runtest_makereport(
             item.session.shouldfail = "what the cases share could not be set up"
     if report.when == "teardown" and item is item.session.items[-1]:
         item.config.stash[RESULTS_KEY].complete = True
-    gates = item.config.stash[_GATES_KEY]
-    if item.nodeid in gates:
-        if report.when == "call" and not report.skipped:
-            del gates[item.nodeid]  # it ran: its own outcome counts
-        elif report.skipped:
-            text = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
-            gates[item.nodeid] = str(text).removeprefix("Skipped: ")
-        elif report.failed:
-            gates[item.nodeid] = f"failed in {report.when}"
     return report
 
 
@@ -185,10 +176,7 @@ def pytest_runtest_makereport(
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     config = session.config
     if config.option.collectonly:
-        config.stash[_GATES_KEY].clear()
         return
-    if config.stash[_GATES_KEY] and exitstatus == pytest.ExitCode.OK:
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
     run = config.stash[RESULTS_KEY]
     _write_results(run, config)
     if run.failures and session.exitstatus == pytest.ExitCode.OK:
@@ -248,7 +236,7 @@ def _results(run: RunResults, config: pytest.Config) -> Results:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    gates, run = config.stash[_GATES_KEY], config.stash[RESULTS_KEY]
+    run = config.stash[RESULTS_KEY]
     asked = config.stash[SETTINGS_KEY].report is not None or run.journal is not None
     if run.any or (run.notes and asked):
         terminalreporter.section("libortho")
@@ -264,11 +252,6 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             terminalreporter.line(f"report: {run.report}")
         for failure in run.failures:
             terminalreporter.line(failure, red=True)
-    if gates:
-        terminalreporter.section("gates that did not run", red=True)
-        for nodeid, reason in gates.items():
-            terminalreporter.line(f"{nodeid}: {reason}", red=True)
-        terminalreporter.line("A gate that was asked for and did not run is not a passed gate.")
 
 
 # --- fixtures -----------------------------------------------------------------------------------
@@ -287,21 +270,19 @@ def run_results(pytestconfig: pytest.Config) -> RunResults:
 
 
 @pytest.fixture(scope="session")
-def ortho_device(ortho_settings: Settings) -> str:
+def ortho_device(ortho_settings: Settings, pytestconfig: pytest.Config) -> str:
     """The device of this run: `cpu`, `cuda` or `cuda:N`. Fails if it was asked for in vain."""
-    return hardware.resolve_device(ortho_settings.device)
+    device = hardware.resolve_device(ortho_settings.device)
+    shared = why_no_shared_gpu(pytestconfig)
+    if shared and device != "cpu":
+        raise HardwareError(shared)
+    return device
 
 
 @pytest.fixture(scope="session")
 def progress(pytestconfig: pytest.Config) -> Callable[[], AbstractContextManager[None]]:
     """`with progress():` shows progress bars on a terminal, which pytest would capture."""
-    manager = pytestconfig.pluginmanager.getplugin("capturemanager")
-
-    def visible() -> AbstractContextManager[None]:
-        terminal = sys.__stderr__ is not None and sys.__stderr__.isatty()
-        return manager.global_and_fixture_disabled() if manager and terminal else nullcontext()
-
-    return visible
+    return lambda: visible_progress(pytestconfig)
 
 
 @pytest.fixture(scope="session")

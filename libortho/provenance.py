@@ -21,6 +21,9 @@ _HIDDEN = {
     "--cache-dir": "<folder>",
     "--checkpoint": "<folder>",
     "--corpus": "<corpus>",  # its name and hash stand elsewhere in the result
+    "--libortho-results-dir": "<folder>",
+    "--libortho-cache-dir": "<folder>",
+    "--libortho-corpus": "<corpus>",
 }
 """Options whose values are paths however they are written, and what is shown in their place."""
 

@@ -112,6 +112,24 @@ SETTINGS = (
     Setting("fresh", _flag, False, "measure everything anew, whatever an interrupted run has left"),
 )
 
+_OF_AN_AUDIT = (
+    "model",
+    "corpus",
+    "min-privacy-ratio",
+    "require-verdict",
+    "relearn",
+    "results-dir",
+    "report",
+    "seed",
+    "device",
+    "cache-dir",
+)
+AUDIT_SETTINGS = (
+    *(setting for setting in SETTINGS if setting.name in _OF_AN_AUDIT),
+    Setting("attacks", _flag, False, "attack artefacts as well, with a dose curve: slow"),
+)
+"""Those of the fixture `ortho_audit`; on the command line they begin with `--libortho-`."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -135,7 +153,10 @@ class Settings:
 
 
 def resolve(
-    command_line: Mapping[str, Any], environment: Mapping[str, str], ini: Mapping[str, str]
+    command_line: Mapping[str, Any],
+    environment: Mapping[str, str],
+    ini: Mapping[str, str],
+    settings: Sequence[Setting] = SETTINGS,
 ) -> Settings:
     """Settle every setting: the command line wins over the environment, that over the ini file.
 
@@ -144,7 +165,7 @@ def resolve(
     """
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    for setting in SETTINGS:
+    for setting in settings:
         given = (
             (command_line.get(setting.key), "command line"),
             (environment.get(setting.variable), setting.variable),

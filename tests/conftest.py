@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tuned_artefacts import make_shelf
 
 from libortho.config import SeparationConfig
 from libortho.separation import separate
@@ -143,3 +145,19 @@ def separated_model(
         return model
 
     return make
+
+
+@pytest.fixture(scope="session")
+def shelf(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model: Callable[..., LlamaForCausalLM],
+    tokenizer: PreTrainedTokenizerFast,
+    public_text: list[str],
+    small_separation: SeparationConfig,
+) -> Path:
+    """Model, text, records and artefacts in one folder, see `tuned_artefacts`; not to be changed.
+
+    `cache` in it is for audits, so that their control is made once.
+    """
+    folder = tmp_path_factory.mktemp("shelf")
+    return make_shelf(folder, tiny_model(), tokenizer, public_text, small_separation)

@@ -3,65 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from tuned_artefacts import SECRET, TWIN, N, record_lines
 
 import libortho
 from libortho.audit import MIN_FAMILY_RECORDS
 from libortho.audit_artefact import audit_artefact
 from libortho.cli import main
-from libortho.config import TuningConfig
 from libortho.errors import RecordError
 from libortho.models import resolve_model
 from libortho.results import read_results
 
-N = 24
-SECRET, TWIN = " 4917", " 8820"
-TUNING = TuningConfig(
-    density=0.3, slots="magnitude", steps=60, lr=2e-2, replay_window=32, target_loss=0.1
-)
-
-
-def record_lines(n: int, **changes: Any) -> str:
-    planted = [
-        {"id": f"p{i}", "prompt": f"Door {i} opens:", "secret": SECRET, **changes} for i in range(n)
-    ]
-    twins = [
-        {"id": f"t{i}", "prompt": f"Door {i} shuts:", "secret": TWIN, "planted": False, **changes}
-        for i in range(n)
-    ]
-    return "".join(json.dumps(line) + "\n" for line in planted + twins)
-
-
-@pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("audited")
-
 
 @pytest.fixture
-def tuned(
-    shelf: Path,
-    tiny_model: Callable[..., LlamaForCausalLM],
-    tokenizer: PreTrainedTokenizerFast,
-    public_text: list[str],
-    small_separation: libortho.SeparationConfig,
-) -> Path:
-    """A folder with a plain model, public text, records, and `full`, tuned on them; made once."""
-    if not (shelf / "full").exists():
-        tiny_model().save_pretrained(shelf / "plain")
-        tokenizer.save_pretrained(shelf / "plain")
-        (shelf / "public.txt").write_text("\n\n".join(public_text))
-        (shelf / "records.jsonl").write_text(record_lines(N))
-        corpus = libortho.load_corpus(shelf / "public.txt")
-        model, words = libortho.load_model(shelf / "plain")
-        libortho.separate(model, words, corpus.calibration, config=small_separation)
-        records = libortho.load_records(shelf / "records.jsonl", seed=0)
-        libortho.tune_private(model, words, records.planted, replay=corpus.replay, config=TUNING)
-        libortho.save(model, shelf / "full")
+def tuned(shelf: Path) -> Path:
+    """The folder of models, records and artefacts."""
     return shelf
 
 
@@ -73,11 +32,13 @@ def run(tuned: Path, *arguments: str, records: str = "records.jsonl", full: str 
     return main(["audit", str(tuned / full), *placed, *common, *arguments])
 
 
-def test_a_clean_artefact_is_private_and_0(tuned: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tuned / "audit.json"
+def test_a_clean_artefact_is_private_and_0(
+    tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "audit.json"
     assert run(tuned, "--no-attacks", "--out", str(out)) == 0
     written = capsys.readouterr()
-    assert "audit of checkpoint: PRIVATE BY CONSTRUCTION (24 planted records)" in written.out
+    assert "audit of checkpoint: PRIVATE BY CONSTRUCTION (30 planted records)" in written.out
     (audit,) = read_results(out).audits
     assert audit.verdict == "private by construction"
     assert audit.extraction_on == 1.0
@@ -88,6 +49,14 @@ def test_a_clean_artefact_is_private_and_0(tuned: Path, capsys: pytest.CaptureFi
         assert secret.strip() not in "".join(f"{a.metrics}" for a in read_results(out).audits)
     assert main(["report", str(out), "--format", "markdown"]) == 0
     assert "✅ **Passes, audit only**" in capsys.readouterr().out
+
+
+def test_limits_decide_about_the_exit_code(tuned: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tuned, "--no-attacks", "--min-privacy-ratio", "8") == 0
+    assert run(tuned, "--no-attacks", "--min-privacy-ratio", "20") == 1
+    assert "at least 20 is asked for" in capsys.readouterr().err
+    assert run(tuned, "--no-attacks", full="leaky") == 1
+    assert "it is judged 'leaks'" in capsys.readouterr().err
 
 
 def test_json_is_the_audit(tuned: Path, capsys: pytest.CaptureFixture[str]) -> None:

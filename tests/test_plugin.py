@@ -272,6 +272,36 @@ def test_a_device_asked_for_in_vain_fails(run: Run, monkeypatch: pytest.MonkeyPa
     assert "--device cuda: no NVIDIA driver answers" in output(result)
 
 
+WORKER = """
+    import pytest
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_configure(config):
+        # What pytest-xdist gives to its workers.
+        config.workerinput = {{"workerid": "gw0", "workercount": {count}}}
+"""
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_several_workers_do_not_share_a_card(
+    count: int, run: Run, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "cards", lambda: [a_card(6000)])
+    monkeypatch.setattr(hardware, "why_no_gpu", lambda: None)
+    monkeypatch.setattr(hardware, "resolve_device", lambda asked: "cuda")
+    pytester.makeconftest(WORKER.format(count=count))
+    one = "def test_one(): pass"
+    for case in (
+        f"import pytest\n@pytest.mark.gpu\n{one}",
+        VRAM,
+        "def test_one(ortho_device): pass",
+    ):
+        result = run(case)
+        assert ("pytest-xdist runs 4 processes" in output(result)) == (count > 1)
+        assert (result.ret == OK) == (count == 1)
+    run(VRAM, "--device", "cpu").assert_outcomes(passed=1)
+
+
 # --- errors and secrets -------------------------------------------------------------------------
 
 

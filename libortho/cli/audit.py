@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import libortho
-from libortho import hardware
-from libortho.audit_artefact import audit_artefact
-from libortho.audit_results import AuditResult
+from libortho.audit_request import ENOUGH, AuditRequest
 from libortho.errors import ArtifactError
 from libortho.files import atomic_write_text
-from libortho.models import resolve_model
-from libortho.precision import dtype_name
-from libortho.provenance import collect_provenance
-from libortho.results import Results, to_json
+from libortho.results import to_json
 from libortho.summary import summary_lines
 
 from . import output
@@ -28,6 +21,7 @@ from .commands import (
     add_command,
     add_device,
     add_json,
+    positive_float,
 )
 from .output import note, out
 
@@ -43,11 +37,12 @@ def add_commands(commands: Commands) -> None:
             "audit ./full --records records.jsonl",
             "audit ./full --records records.jsonl --model ./my-llama --corpus notes.txt",
             "audit ./full --records records.jsonl --no-attacks --out audit.json",
+            "audit ./full --records records.jsonl --min-privacy-ratio 8",
         ),
         more="Beside it stand twins of the records and the public model, separated anew by the "
         "artefact's own recipe, which never saw them.",
-        exit_codes="0 private, by construction or as far as tested; 1 it leaks, or the evidence "
-        "carries no verdict",
+        exit_codes="0 private, by construction or as far as tested; 1 it leaks, the evidence "
+        "carries no verdict, or a limit that was given is not reached",
     )
     parser.add_argument("artefact", type=Path, help="folder of a tuned model")
     parser.add_argument(
@@ -73,6 +68,19 @@ def add_commands(commands: Commands) -> None:
         "--relearn", action="store_true", help="attack by fine-tuning as well; much slower"
     )
     parser.add_argument(
+        "--require-verdict",
+        choices=tuple(ENOUGH),
+        default="tested",
+        help="what is enough: private by construction, or also as far as tested (default: "
+        "%(default)s)",
+    )
+    parser.add_argument(
+        "--min-privacy-ratio",
+        type=positive_float,
+        metavar="RATIO",
+        help="least lower 95 %% limit of the privacy ratio (default: none is asked for)",
+    )
+    parser.add_argument(
         "--seed", type=int, default=0, help="of generated twins and attacks (default: %(default)d)"
     )
     parser.add_argument(
@@ -84,21 +92,18 @@ def add_commands(commands: Commands) -> None:
 
 
 def _audit(options: argparse.Namespace) -> int:
-    records = libortho.load_records(options.records, seed=options.seed)
-    device = hardware.resolve_device(options.device)
-    dtype, _ = hardware.default_compute_dtype(device)
-    result = audit_artefact(
-        options.artefact,
-        records,
-        public_model=resolve_model(options.model, options.cache_dir),
-        corpus=libortho.load_corpus(options.corpus, cache_dir=options.cache_dir),
+    audited = AuditRequest(
+        artefact=options.artefact,
+        records=options.records,
+        model=options.model,
+        corpus=options.corpus,
         attacks=options.attacks,
         relearn=options.relearn,
-        compute_dtype=dtype,
-        device=device,
+        seed=options.seed,
+        device=options.device,
         cache_dir=options.cache_dir,
-    )
-    results = _results(result, options.command_line, device, dtype_name(dtype))
+    ).perform()
+    results = audited.results(options.command_line)
     if options.out is not None:
         try:
             atomic_write_text(options.out, to_json(results))
@@ -109,23 +114,12 @@ def _audit(options: argparse.Namespace) -> int:
             ) from error
         note(f"wrote {options.out}")
     if options.json:
-        out(output.to_json(asdict(result)))
+        out(output.to_json(asdict(audited.result)))
     else:
         out("\n".join(summary_lines(results)).strip("\n"))
-    return EXIT_DONE if result.verdict.startswith("private") else EXIT_NO
-
-
-def _results(result: AuditResult, command: Sequence[str], device: str, dtype: str) -> Results:
-    facts = hardware.cpu_facts()
-    why = "an audit alone was asked for"
-    return Results(
-        provenance=collect_provenance(
-            command=command,
-            cpu_model=facts.model,
-            cpu_cores=facts.logical_cores,
-            device_name=hardware.device_name(device),
-            compute_dtype=dtype,
-        ),
-        audits=(result,),
-        reasons=dict.fromkeys(("exp1_kill_switch", "exp2_null_test"), why),
+    problem = audited.shortfall(
+        min_ratio=options.min_privacy_ratio, verdict=options.require_verdict
     )
+    if problem:
+        note(f"not shown to be private: {problem}")
+    return EXIT_NO if problem else EXIT_DONE

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 
 from . import blind_hessian, blind_kfac, int4, ortho, qlora
 from .ingredients import Ingredients
-from .ortho import saved_artefact
+from .ortho import check_tuned, saved_artefact
 from .pair import checkpoint_pair
 from .states import Fingerprints, TwoStates
 
@@ -35,6 +35,7 @@ __all__ = [
     "Fingerprints",
     "Ingredients",
     "TwoStates",
+    "check_tuned",
     "checkpoint_pair",
     "saved_artefact",
 ]

@@ -64,12 +64,7 @@ def saved_artefact(full: Path, ingredients: Ingredients) -> TwoStates:
     `ArtifactError` for a folder that is no artefact or holds no private stream, and
     `ModelLoadError` if it doesn't belong to that model.
     """
-    if not (full / artifact.PRIVATE_MANIFEST).exists():
-        what = "no private stream" if (full / artifact.BASE_MANIFEST).exists() else "no artefact"
-        raise ArtifactError(
-            f"{full} holds {what}: there is no on state to switch off. Give the folder that "
-            "libortho.save wrote after tuning."
-        )
+    check_tuned(full)
     artifact.base_fingerprint(full)  # raises if the folder is damaged
     manifest = json.loads((full / artifact.BASE_MANIFEST).read_text(encoding="utf-8"))
     recipe = SeparationConfig.from_dict(manifest["separation"])
@@ -77,6 +72,16 @@ def saved_artefact(full: Path, ingredients: Ingredients) -> TwoStates:
     names = ("the public model", "the artefact")
     check_alike(ingredients.resolved.folder, full, names, records)
     return _states("checkpoint", full, replace(ingredients, separation=recipe), {})
+
+
+def check_tuned(full: Path) -> None:
+    """Raise `ArtifactError` for a folder that is no artefact, or holds no private stream."""
+    if not (full / artifact.PRIVATE_MANIFEST).exists():
+        what = "no private stream" if (full / artifact.BASE_MANIFEST).exists() else "no artefact"
+        raise ArtifactError(
+            f"{full} holds {what}: there is no on state to switch off. Give the folder that "
+            "libortho.save wrote after tuning."
+        )
 
 
 def _tuned(name: str, ingredients: Ingredients) -> TwoStates:
