@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bench.gpu_run import Run, capture
@@ -18,27 +19,24 @@ from bench.kernel_cases import (
     random_cases,
     random_layer,
     reference_weight,
+    relative_error,
 )
 from libortho.kernels import int4pack
+from libortho.kernels.attention import attend
 from libortho.kernels.compose import compose
 from libortho.kernels.decode import decode
+from libortho.kernels.pointwise import gated, rms_norm, rotate
 from libortho.linear import OrthoLinear, set_alphas
 from libortho.product import backend_of, lattice_of
 
-CHECKS = random_cases(48, seed=2)
+CASES, CASES_SEED = 48, 2
+"""Random cases, and what they are drawn from."""
 TOLERANCE = {"float16": 1e-3, "bfloat16": 4e-3, "float32": 1e-4}
 """Largest relative error of a product: bfloat16 keeps 8 bits, so rounding alone leaves 2e-3."""
 SHARE_OF_TIME = 0.25
 """Of the run's time, what the random cases may take."""
 LAYERS_8B = 224
 """Linear layers of Llama 3 8B that are separated: 7 in each of 32."""
-
-
-def relative_error(y: Tensor, expected: Tensor, scale: float = 0.0) -> float:
-    """||y - expected|| over ||expected||, or over `scale` if that is more; inf for NaN."""
-    if not bool(torch.isfinite(y).all()):
-        return float("inf")
-    return float((y.double() - expected).norm()) / max(float(expected.norm()), scale)
 
 
 def _strided(x: Tensor, seed: int) -> Tensor:
@@ -52,12 +50,13 @@ def _strided(x: Tensor, seed: int) -> Tensor:
 
 def check_random(run: Run, found: dict[str, Any]) -> None:
     """Decode and compose against float64; outputs are NaN before they are written."""
+    cases = random_cases(CASES, CASES_SEED)[: run.cases]
     worst: dict[str, float] = {}
     failures: list[dict[str, Any]] = []
     found.update(checked=0, worst=worst, failures=failures)
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty is then full of NaN
     try:
-        for seed, case in enumerate(CHECKS):
+        for seed, case in enumerate(cases):
             if run.left_s < (1 - SHARE_OF_TIME) * run.seconds:
                 break
             assert case.config is not None
@@ -92,9 +91,58 @@ def check_random(run: Run, found: dict[str, Any]) -> None:
         torch.use_deterministic_algorithms(False)
     text = ", ".join(f"{key} {error:.1e}" for key, error in sorted(worst.items()))
     run.lines.append(
-        f"random cases: {found['checked']} of {len(CHECKS)} checked, {len(failures)} failures; "
+        f"random cases: {found['checked']} of {len(cases)} checked, {len(failures)} failures; "
         f"worst relative errors: {text}"
     )
+
+
+BETWEEN = ((1, 1, 512), (2, 1, 777), (1, 1, 5000), (3, 1, 64))
+"""Sequences, tokens and length of the cache of each check of what lies between the products."""
+
+
+def check_between(run: Run, found: dict[str, Any]) -> None:
+    """Norms, rotation, gate and attention against float64; what the mask leaves out is NaN."""
+    heads, key_heads, dim, width = 32, 8, 128, 4096
+    worst: dict[str, float] = {}
+
+    def note(name: str, dtype: str, ours: Tensor, expected: Tensor) -> None:
+        key = f"{name} {dtype}"
+        worst[key] = max(worst.get(key, 0.0), relative_error(ours, expected))
+
+    for seed, (batch, tokens, length) in enumerate(BETWEEN):
+        for dtype in ("float16", "bfloat16"):
+            generator = torch.Generator("cuda").manual_seed(seed)
+
+            def draw(*shape: int, kind: str = dtype, source: Any = generator) -> Tensor:
+                return torch.randn(*shape, device="cuda", generator=source).to(DTYPES[kind])
+
+            x, weight = draw(batch, tokens, width), draw(width)
+            full = x.double()
+            normed = full * torch.rsqrt(full.square().mean(-1, keepdim=True) + 1e-5)
+            note("norm", dtype, rms_norm(x, weight, 1e-5), normed * weight.double())
+            gate, up = draw(batch, tokens, 2 * 14336).split(14336, -1)
+            note("gate", dtype, gated(gate, up), F.silu(gate.double()) * up.double())
+            q, k = (draw(batch, tokens, n, dim).transpose(1, 2) for n in (heads, key_heads))
+            cos, sin = draw(batch, tokens, dim), draw(batch, tokens, dim)
+            for ours, before in zip(rotate(q, k, cos, sin), (q, k), strict=True):
+                turned = torch.cat((-before[..., dim // 2 :], before[..., : dim // 2]), -1).double()
+                c, s = (t.double()[:, None] for t in (cos, sin))
+                note("rotation", dtype, ours, before.double() * c + turned * s)
+            mask = torch.arange(length, device="cuda") < max(1, length - 99)
+            mask = mask.expand(batch, 1, 1, length).clone()
+            mask[0, ..., 0] = length < 100  # as a padded sequence has it
+            keys, values = (draw(batch, key_heads, length, dim) for _ in range(2))
+            known = [t.double().repeat_interleave(heads // key_heads, 1) for t in (keys, values)]
+            for t in (keys, values):
+                t.masked_fill_(~mask.transpose(2, 3), torch.nan)
+            scores = (q.double() @ known[0].transpose(2, 3) * dim**-0.5).masked_fill(
+                ~mask, -torch.inf
+            )
+            expected = (scores.softmax(-1) @ known[1]).transpose(1, 2)
+            note("attention", dtype, attend(q, keys, values, mask, dim**-0.5), expected)
+    wrong = [k for k, error in worst.items() if not error <= 2 * TOLERANCE[k.split()[1]]]
+    found.update(worst=worst, wrong=wrong)
+    run.lines.append(f"between products: {len(wrong)} of {len(worst)} wrong; {worst}")
 
 
 def _weight_of(layer: OrthoLinear) -> Tensor:

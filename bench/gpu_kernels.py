@@ -11,13 +11,22 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from bench.gpu_checks import CHECKS, check_layer, check_random, check_switching
-from bench.gpu_run import Run
+from bench.gpu_checks import (
+    CASES,
+    CASES_SEED,
+    check_between,
+    check_layer,
+    check_random,
+    check_switching,
+)
+from bench.gpu_run import Run, Section
+from bench.gpu_single_token import single_token
 from bench.gpu_timings import (
     DENSITY,
     SEVERAL,
@@ -30,10 +39,10 @@ from bench.gpu_timings import (
     prompts,
     several_candidates,
     several_tokens,
-    single_token,
 )
-from bench.kernel_cases import Case
+from bench.kernel_cases import Case, random_cases
 from bench.kernel_compiler import Compiler
+from bench.sanitizer import sanitized
 from libortho.kernels import autotune
 from libortho.kernels.configs import DecodeConfig
 
@@ -41,30 +50,49 @@ from libortho.kernels.configs import DecodeConfig
 def measured_lines(run: Run) -> list[str]:
     """The winners, as lines for `libortho.kernels.configs.MEASURED`."""
     lines = []
-    for section in ("8B, 1 token", "3B, 1 token", "several tokens"):
+    for section in ("8B, 1 token", "3B, 1 token", "fused, 1 token", "several tokens"):
         for entry in run.found.get(section, {}).values():
             if isinstance(entry, dict) and "shape" in entry and entry["with_streams"][0]["us"]:
-                config = DecodeConfig(**entry["with_streams"][0]["config"])
+                best = entry.get("best", {}).get("streams", entry["with_streams"][0]["config"])
+                config = DecodeConfig(**best)
                 key = (*entry["shape"], entry.get("tokens", 1))
                 lines.append(f"{key}: {config},")
     return lines
 
 
-def plan() -> list[Case]:
-    """Everything to build, in the order in which it is needed."""
-    cases = [c for case in CHECKS for c in (case, replace(case, config=None))]
-    for family, shapes in SHAPES.items():
-        for shape in shapes.values():
-            for case in (Case(*shape).with_streams(DENSITY), Case(*shape)):
-                configs = autotune.candidates(case.shape, 1)
-                cases += [replace(case, config=config) for config in configs]
-        if family == "8B":
-            cases += prompt_cases().values()
-    for tokens in SEVERAL:
-        for shape in SHAPES["8B"].values():
-            case = Case(*shape, tokens).with_streams(DENSITY)
-            cases += [replace(case, config=config) for config in several_candidates(case)]
-    return cases + format_cases()
+def _check_cases() -> list[Case]:
+    cases = random_cases(CASES, CASES_SEED)
+    return [c for case in cases for c in (case, replace(case, config=None))]
+
+
+def _single_cases(family: str) -> list[Case]:
+    shapes = [Case(*shape) for shape in SHAPES[family].values()]
+    both = [c for case in shapes for c in (case.with_streams(DENSITY), case)]
+    return [replace(c, config=k) for c in both for k in autotune.candidates(c.shape, 1)]
+
+
+def _several_cases() -> list[Case]:
+    cases = [
+        Case(*shape, n).with_streams(DENSITY) for n in SEVERAL for shape in SHAPES["8B"].values()
+    ]
+    return [replace(c, config=k) for c in cases for k in several_candidates(c)]
+
+
+SECTIONS: dict[str, tuple[Section, Callable[[], list[Case]]]] = {
+    "random cases": (check_random, _check_cases),
+    "between products": (check_between, list),
+    "switching": (check_switching, list),
+    "8B, 1 token": (single_token("8B"), lambda: _single_cases("8B")),
+    "fused, 1 token": (single_token("fused"), lambda: _single_cases("fused")),
+    "layer": (check_layer, list),
+    "sanitizer": (sanitized("random cases", "between products"), list),
+    "prompts": (prompts, lambda: list(prompt_cases().values())),
+    "eager": (eager, list),
+    "3B, 1 token": (single_token("3B"), lambda: _single_cases("3B")),
+    "several tokens": (several_tokens, _several_cases),
+    "formats": (formats, format_cases),
+}
+"""What is done and what has to be built for it, in the order of importance."""
 
 
 def main() -> None:
@@ -72,7 +100,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="where the JSON file is written")
-    parser.add_argument("--seconds", type=float, default=420.0, help="time that may be taken")
+    parser.add_argument("--seconds", type=float, default=230.0, help="time that may be taken")
+    parser.add_argument("--cases", type=int, default=CASES, help="random cases to check")
+    parser.add_argument("--only", choices=tuple(SECTIONS), nargs="+", help="some sections only")
     parser.add_argument(
         "--processes",
         type=int,
@@ -82,21 +112,17 @@ def main() -> None:
     options = parser.parse_args()
     # Nothing that was tuned before may enter, and the platform's folder need not exist.
     os.environ["LIBORTHO_CACHE"] = tempfile.mkdtemp()
+    chosen = {name: SECTIONS[name] for name in options.only or SECTIONS}
     major, minor = torch.cuda.get_device_capability(0)
     compiler = Compiler(options.processes, 10 * major + minor)
-    compiler.submit(plan())
-    run = Run(options.out, options.seconds, compiler)
+    for _, cases in chosen.values():
+        compiler.submit(cases())
+    run = Run("bench.gpu_kernels", options.out, options.seconds, compiler)
+    run.cases = options.cases
     try:
         run.section("bandwidth", bandwidth)
-        run.section("random cases", check_random)
-        run.section("switching", check_switching)
-        run.section("8B, 1 token", single_token("8B"))
-        run.section("layer", check_layer)
-        run.section("prompts", prompts)
-        run.section("eager", eager)
-        run.section("3B, 1 token", single_token("3B"))
-        run.section("several tokens", several_tokens)
-        run.section("formats", formats)
+        for name, (measure, _) in chosen.items():
+            run.section(name, measure)
         run.found["measured"] = measured_lines(run)
         run.write()
     finally:

@@ -5,6 +5,7 @@ Knows CUDA graphs and events; not what is measured.
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
 import sys
@@ -32,17 +33,18 @@ REPLAYS = 9
 class Run:
     """What was found so far, the lines to print at the end, and the time that is left."""
 
-    def __init__(self, out: Path, seconds: float, compiler: Compiler) -> None:
+    def __init__(self, module: str, out: Path, seconds: float, compiler: Compiler) -> None:
         self.out, self.seconds, self.compiler = out, seconds, compiler
         self._began = time.monotonic()
-        self.found: dict[str, Any] = {"environment": environment(), "section_seconds": {}}
+        self.found: dict[str, Any] = {"environment": environment(module), "section_seconds": {}}
         self.lines: list[str] = []
+        self.cases: int | None = None  # random cases to check, all if None
 
     @property
     def left_s(self) -> float:
         return self.seconds - (time.monotonic() - self._began)
 
-    def section(self, name: str, measure: Callable[[Run, dict[str, Any]], None]) -> None:
+    def section(self, name: str, measure: Section) -> None:
         """Let `measure` fill one section and write the file; what fails leaves the rest."""
         found = self.found[name] = {}
         if self.left_s < 5:
@@ -56,29 +58,40 @@ class Run:
             self.lines.append(f"{name}: FAILED {type(error).__name__}: {str(error)[:300]}")
         self.found["section_seconds"][name] = round(time.monotonic() - began, 1)
         self.write()
-        torch.cuda.empty_cache()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def write(self) -> None:
         self.found["compiled"] = self.compiler.counts()
         atomic_write_text(self.out, json.dumps(self.found, indent=1, default=str) + "\n")
 
 
-def environment() -> dict[str, Any]:
-    """Card, versions, date and command."""
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "card": properties.name,
-        "compute_capability": [properties.major, properties.minor],
-        "multiprocessors": properties.multi_processor_count,
-        "l2_bytes": properties.L2_cache_size,
-        "memory_bytes": properties.total_memory,
+Section = Callable[[Run, dict[str, Any]], None]
+"""Fills a dictionary of its own."""
+
+
+def environment(module: str) -> dict[str, Any]:
+    """Card, versions, date and command; without a card, what a rehearsal ran on."""
+    found: dict[str, Any] = {
+        "card": None,
         "date_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
         "python": sys.version.split()[0],
-        "command": "python -m bench.gpu_kernels",
+        "command": " ".join(["python -m", module, *(Path(a).name for a in sys.argv[1:])]),
     }
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        found |= {
+            "card": properties.name,
+            "compute_capability": [properties.major, properties.minor],
+            "multiprocessors": properties.multi_processor_count,
+            "l2_bytes": properties.L2_cache_size,
+            "memory_bytes": properties.total_memory,
+        }
+    return found
 
 
 class Captured(NamedTuple):

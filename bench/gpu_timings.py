@@ -6,7 +6,6 @@ a dictionary of its own and adds lines to the table.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -16,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.gpu_run import REPLAYS, Run, capture, median_us, operand_sets, sets_for
-from bench.kernel_cases import Case, Operands, make_operands, random_layer
+from bench.gpu_run import Run, median_us, operand_sets, sets_for
+from bench.kernel_cases import Case, Operands, make_operands, random_layer, relative_error
 from libortho.kernels import autotune, int4pack, op
 from libortho.kernels.compose import compose
 from libortho.kernels.configs import DecodeConfig, reasoned
 from libortho.kernels.decode import decode
+from libortho.lattice import dequantize
 
 SHAPES = {
     "8B": {
@@ -36,83 +36,19 @@ SHAPES = {
         "gate, up": (8192, 3072),
         "down": (3072, 8192),
     },
+    "fused": {
+        "8B q, k, v": (6144, 4096),
+        "8B gate and up": (28672, 4096),
+        "3B q, k, v": (5120, 3072),
+        "3B gate and up": (16384, 3072),
+    },
 }
-"""(out_features, in_features)."""
+"""(out_features, in_features); fused ones are what `libortho.fusion` lays together."""
 DENSITY = 0.005
 """Share of a row's entries in each of the two streams."""
 PROMPT_TOKENS = 512
 SEVERAL = (8, 4, 2)
 GB = 1e9
-
-
-def single_token(family: str) -> Callable[[Run, dict[str, Any]], None]:
-    """One token: base alone, with both streams at alpha 1 and 0, and the peers."""
-
-    def measure(run: Run, found: dict[str, Any]) -> None:
-        run.lines.append(
-            f"{family}, 1 token, float16 | base us, of copy | with streams us, ratio, of copy | "
-            "alpha 0 us | int4pack us | dense us | rows, warps, words, prefetch; the base's"
-        )
-        for name, shape in SHAPES[family].items():
-            if run.left_s < 10:
-                break
-            found[name] = _single_token(run, Case(*shape), name)
-            torch.cuda.empty_cache()
-
-    return measure
-
-
-def _single_token(run: Run, plain: Case, name: str) -> dict[str, Any]:
-    case = plain.with_streams(DENSITY)
-    candidates = autotune.candidates(case.shape, 1)
-    sets = operand_sets(case)
-    bare_sets = [_bare(operands) for operands in sets]
-    timed = _timed(run, case, sets, candidates)
-    base_timed = _timed(run, plain, bare_sets, candidates)
-    found: dict[str, Any] = {"with_streams": timed, "base_alone": base_timed}
-    if timed[0]["us"] is None or base_timed[0]["us"] is None:
-        return found | {"reason": "no candidate could be timed"}
-    best, base_best = (DecodeConfig(**rows[0]["config"]) for rows in (timed, base_timed))
-    # Replayed in turn, so that the ratio is of one and the same minute.
-    graphs = {
-        "base": capture(_calls(bare_sets, base_best)),
-        "base, same config": capture(_calls(bare_sets, best)),
-        "streams": capture(_calls(sets, best)),
-    }
-    times: dict[str, list[float]] = {key: [] for key in (*graphs, "alpha 0")}
-    for _ in range(2 * REPLAYS):
-        for key, captured in graphs.items():
-            times[key].append(captured.replay_us())
-        for operands in sets:
-            operands.alpha.zero_()
-        times["alpha 0"].append(graphs["streams"].replay_us())
-        for operands in sets:
-            operands.alpha.fill_(1.0)
-    us = {key: statistics.median(values) for key, values in times.items()}
-    del graphs
-    share, streams_share = (
-        _share(run, c.bytes_read, us[key]) for c, key in ((plain, "base"), (case, "streams"))
-    )
-    beside = _peers(case, sets)
-    processors = run.found["environment"]["multiprocessors"]
-    run.lines.append(
-        f"  {name:8s} | {us['base']:6.2f} {share:.0%} | {us['streams']:6.2f} "
-        f"{us['streams'] / us['base']:.3f} {streams_share:.0%} | {us['alpha 0']:6.2f} | "
-        f"{beside['int4pack_us']} | {beside['dense_us']} | {_short(best)}; {_short(base_best)}"
-    )
-    return found | {
-        "shape": [case.out_features, case.in_features],
-        "us": us,
-        "spread_us": {key: [min(values), max(values)] for key, values in times.items()},
-        "ratio_streams_to_base": us["streams"] / us["base"],
-        "base_bytes": plain.bytes_read,
-        "streams_bytes": case.bytes_read - plain.bytes_read,
-        "base_share_of_copy": share,
-        "streams_share_of_copy": streams_share,
-        "operand_sets": len(sets),
-        "reasoned": asdict(reasoned(case.shape, 1, processors)),
-        "peers": beside,
-    }
 
 
 def several_tokens(run: Run, found: dict[str, Any]) -> None:
@@ -124,17 +60,17 @@ def several_tokens(run: Run, found: dict[str, Any]) -> None:
                 return
             case = Case(*shape, tokens).with_streams(DENSITY)
             sets = operand_sets(case)
-            timed = _timed(run, case, sets, several_candidates(case))
-            beside = _peers(case, sets)
+            rows = timed(run, case, sets, several_candidates(case))
+            beside = peers(case, sets)
             found[f"{tokens} tokens, {name}"] = {
                 "shape": [case.out_features, case.in_features],
                 "tokens": tokens,
-                "with_streams": timed,
+                "with_streams": rows,
                 "peers": beside,
             }
             run.lines.append(
-                f"  {tokens} {name:8s} | {timed[0]['us']} | {beside['int4pack_us']} | "
-                f"{beside['dense_us']} | {_short(DecodeConfig(**timed[0]['config']))}"
+                f"  {tokens} {name:8s} | {rows[0]['us']} | {beside['int4pack_us']} | "
+                f"{beside['dense_us']} | {short(DecodeConfig(**timed[0]['config']))}"
             )
             del sets
             torch.cuda.empty_cache()
@@ -167,10 +103,10 @@ def prompts(run: Run, found: dict[str, Any]) -> None:
         }
         us = {key: median_us(these, launches=9) for key, these in calls.items()}
         moved = 2 * case.out_features * case.in_features + case.bytes_read
-        share = _share(run, moved, us["compose_us"])
-        found[name] = us | {"compose_share_of_copy": share}
+        of_copy = share(run, moved, us["compose_us"])
+        found[name] = us | {"compose_share_of_copy": of_copy}
         run.lines.append(
-            f"  {name:8s} | {us['compose_us']:.1f} {share:.0%} | {us['dense_us']:.1f} | "
+            f"  {name:8s} | {us['compose_us']:.1f} {of_copy:.0%} | {us['dense_us']:.1f} | "
             f"{us['product_us']:.1f}"
         )
 
@@ -190,11 +126,11 @@ def formats(run: Run, found: dict[str, Any]) -> None:
             break
         assert case.config is not None
         name = f"int{case.bits} g{case.group_size} {case.dtype}, {case.in_features} columns"
-        timed = _timed(run, case, operand_sets(case), [case.config])[0]
-        found[name] = timed
-        if timed["us"] is not None:
-            timed["share_of_copy"] = _share(run, case.bytes_read, timed["us"])
-            run.lines.append(f"  {name:36s} | {timed['us']:6.2f} {timed['share_of_copy']:.0%}")
+        row = timed(run, case, operand_sets(case), [case.config])[0]
+        found[name] = row
+        if row["us"] is not None:
+            row["share_of_copy"] = share(run, case.bytes_read, row["us"])
+            run.lines.append(f"  {name:36s} | {row['us']:6.2f} {row['share_of_copy']:.0%}")
 
 
 def format_cases() -> list[Case]:
@@ -229,28 +165,40 @@ def eager(run: Run, found: dict[str, Any]) -> None:
 
 
 def bandwidth(run: Run, found: dict[str, Any]) -> None:
-    """A device-to-device copy of 1 GiB: bytes read plus bytes written, GB/s (1e9)."""
-    source = torch.randint(0, 127, (1 << 30,), dtype=torch.int8, device="cuda")
+    """Copying 2 GiB on the device: bytes read plus bytes written, GB/s (1e9).
+
+    The larger of the driver's copy and of an elementwise kernel, which is the faster on some cards.
+    """
+    source = torch.ones(1 << 29, device="cuda")
     target = torch.empty_like(source)
-    us = median_us([lambda: target.copy_(source)], launches=4)
-    found["copy_gb_per_s"] = 2 * source.numel() / us * 1e6 / GB
-    run.lines.append(f"copy bandwidth: {found['copy_gb_per_s']:.0f} GB/s, read plus written")
+    calls: dict[str, Callable[[], Any]] = {
+        "memcpy_gb_per_s": lambda: target.copy_(source),
+        "elementwise_gb_per_s": lambda: torch.neg(source, out=target),
+    }
+    for name, call in calls.items():
+        us = median_us([call], launches=4)
+        found[name] = 2 * source.numel() * source.element_size() / us * 1e6 / GB
+    found["copy_gb_per_s"] = max(found.values())
+    run.lines.append(
+        "copy bandwidth, read plus written: "
+        + ", ".join(f"{name} {value:.0f}" for name, value in found.items())
+    )
 
 
 # --- helpers ------------------------------------------------------------------------------------
 
 
-def _bare(operands: Operands) -> Operands:
+def bare(operands: Operands) -> Operands:
     """The same base without streams."""
     none = operands.residual[0][:0], operands.residual[1][:0]
     return operands._replace(residual=none, private=none)
 
 
-def _calls(sets: Sequence[Operands], config: DecodeConfig) -> list[Callable[[], Tensor]]:
+def calls(sets: Sequence[Operands], config: DecodeConfig) -> list[Callable[[], Tensor]]:
     return [lambda o=o: decode(*o, config) for o in sets]
 
 
-def _timed(
+def timed(
     run: Run, case: Case, sets: Sequence[Operands], candidates: Sequence[DecodeConfig]
 ) -> list[dict[str, Any]]:
     """Every candidate's time, fastest first; null with the reason where there is none."""
@@ -260,7 +208,7 @@ def _timed(
         problem = run.compiler.problem(replace(case, config=config), min(90, run.left_s - 5))
         if problem is None:
             try:
-                row["us"] = round(median_us(_calls(sets, config), replays=5), 3)
+                row["us"] = round(median_us(calls(sets, config), replays=5), 3)
             except Exception as error:  # too many registers, say
                 problem = f"{type(error).__name__}: {error}"[:300]
         if problem is not None:
@@ -269,12 +217,12 @@ def _timed(
     return sorted(rows, key=lambda row: row["us"] or float("inf"))
 
 
-def _share(run: Run, moved_bytes: int, us: float) -> float:
+def share(run: Run, moved_bytes: int, us: float) -> float:
     """Of the measured copy bandwidth."""
     return moved_bytes / us * 1e6 / GB / run.found["bandwidth"]["copy_gb_per_s"]
 
 
-def _short(config: DecodeConfig) -> str:
+def short(config: DecodeConfig) -> str:
     return f"{config.rows},{config.warps},{config.words},{'+' if config.prefetch else '-'}"
 
 
@@ -285,7 +233,7 @@ def _product(operands: Operands) -> Tensor:
     return op.product(x, *weight, bias, *kind)
 
 
-def _peers(case: Case, sets: Sequence[Operands]) -> dict[str, Any]:
+def peers(case: Case, sets: Sequence[Operands]) -> dict[str, Any]:
     """PyTorch's INT4 product on the same bases and the dense product, both in bfloat16."""
     found: dict[str, Any] = {"int4pack_us": None, "dense_us": None}
     x = torch.randn(case.tokens, case.in_features, device="cuda").bfloat16()
@@ -296,6 +244,8 @@ def _peers(case: Case, sets: Sequence[Operands]) -> dict[str, Any]:
                 int4pack.multiply(x, o.lattice)  # repacks
             calls = [lambda o=o: int4pack.multiply(x, o.lattice) for o in sets]
             found["int4pack_us"] = round(median_us(calls), 2)
+            base = dequantize(sets[0].lattice)
+            found["int4pack_error"] = relative_error(calls[0](), x.double() @ base.double().t())
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"[:300]
     if reason is not None:

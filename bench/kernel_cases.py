@@ -129,6 +129,13 @@ def reference_weight(lattice: Lattice, residual: Stream, private: Stream, alpha:
     return weight
 
 
+def relative_error(y: Tensor, expected: Tensor, scale: float = 0.0) -> float:
+    """||y - expected|| over ||expected||, or over `scale` if that is more; inf for NaN."""
+    if not bool(torch.isfinite(y).all()):
+        return float("inf")
+    return float((y.double() - expected).norm()) / max(float(expected.norm()), scale)
+
+
 def random_cases(count: int, seed: int) -> list[Case]:
     """Products of odd and even shapes, all formats, and configs that fit them."""
     rng = random.Random(seed)

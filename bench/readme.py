@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.readme_kernels import decode_facts, decode_rows, kernel_facts, kernel_rows
 from bench.readme_texts import CATALOGUES, Catalogue
 from libortho.files import atomic_write_text
 from libortho.results import ArmResult, Results, read_results
@@ -21,8 +22,8 @@ from libortho.results import ArmResult, Results, read_results
 ROOT = Path(__file__).parents[1]
 FOLDER = Path(__file__).parent / "results"
 BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
-CARD_RUN, KERNELS = "h100-enwiki.json", "h100-kernels.json"
-"""A run of both experiments on a card, and `bench/gpu_kernels.py` on the same kind of card."""
+CARD_RUN, KERNELS, DECODE = "h100-enwiki.json", "h100-kernels.json", "h100-decode.json"
+"""A run of both experiments on a card; `gpu_kernels.py` and `gpu_decode.py` on the same kind."""
 RUNS = ("cpu-enwiki.json", "cpu-wikitext2.json")
 """A whole run of `pytest -m gtx4050`, then ones of experiment 2 on other text."""
 ARMS = ("reference", "alpha1", "alpha0", "plain", "nf4")
@@ -32,6 +33,7 @@ def render(readme: str = "README.md") -> str:
     """The block between a README's marks, in that README's language."""
     words = CATALOGUES[readme]
     runs = [read_results(FOLDER / name) for name in RUNS]
+    decoding = FOLDER / DECODE
     return "\n\n".join(
         [
             _conditions(runs[0], words),
@@ -40,6 +42,11 @@ def render(readme: str = "README.md") -> str:
             _throughput(runs[0], words),
             _card(read_results(FOLDER / CARD_RUN), words),
             _kernels(json.loads((FOLDER / KERNELS).read_text(encoding="utf-8")), words),
+            *(
+                [_decoding(json.loads(decoding.read_text(encoding="utf-8")), words)]
+                if decoding.exists()
+                else []
+            ),
         ]
     )
 
@@ -168,30 +175,16 @@ def _card(run: Results, words: Catalogue) -> str:
 
 
 def _kernels(found: dict[str, Any], words: Catalogue) -> str:
-    where, checks = found["environment"], found["checks"]
-    said = words["kernels"].format(
-        card=where["card"],
-        torch=where["torch"],
-        triton=where["triton"],
-        date=where["date_utc"][:10],
-        bandwidth=f"{found['bandwidth']['copy_gb_per_s']:.0f}",
-        checked=checks["checked"],
-        missed=len(checks["failures"]),
-    )
-    rows = [
-        [
-            f"{family} {name}",
-            f"{case['us']['base']:.1f}",
-            f"{case['base_share_of_copy_bandwidth']:.0%}",
-            f"{case['ratio_streams_to_base']:.2f} ×",
-            f"{case['peers']['int4pack_us']:.1f}",
-            f"{case['peers']['dense_us']:.1f}",
-        ]
-        for family in ("8B", "3B")
-        for name, case in found[f"{family}, 1 token"].items()
-    ]
+    said = words["kernels"].format(**kernel_facts(found))
     header = [words[n] for n in ("layer", "base", "share", "streams", "int4pack", "fp16")]
-    return "\n".join([said, "", *_table(header, rows)])
+    return "\n".join([said, "", *_table(header, kernel_rows(found))])
+
+
+def _decoding(found: dict[str, Any], words: Catalogue) -> str:
+    said = words["decoding"].format(**decode_facts(found))
+    names = ("model", "tokens a second", "share", "first token", "reserved", "projected")
+    header = [words[n] for n in names]
+    return "\n".join([said, "", *_table(header, decode_rows(found, words))])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -64,6 +64,24 @@ ENGLISH: Catalogue = {
     "streams": "with streams",
     "int4pack": "PyTorch's INT4, µs",
     "fp16": "FP16, µs",
+    # Decoding
+    "decoding": "Decoding on an {card} by `generate` at batch 1 and {context} tokens of context, "
+    "Llama's exact geometry with random weights, {dtype} (torch {torch}, {date}; copies ran at "
+    "{bandwidth} GB/s). Projected: the same share of an RTX 4050's 192 GB/s, not measured there. "
+    "Switching alpha takes {switch} ms and holds from the next token on.",
+    "model": "model",
+    "tokens a second": "tokens/s",
+    "first token": "first token, ms",
+    "reserved": "reserved, MiB",
+    "projected": "projected at 192 GB/s, tokens/s",
+    "ortho": "**alpha = 1**",
+    "ortho at 0": "**alpha = 0**",
+    "capped": "**alpha = 1**, INT8 head, capped at 5.0 GiB",
+    "int4pack model": "PyTorch's INT4, no streams",
+    "gemlite": "GemLite INT4, no streams",
+    "nf4 captured": "bitsandbytes NF4, captured as ours",
+    "nf4 eager": "bitsandbytes NF4 as it is",
+    "dense": "16-bit weights, captured as ours",
 }
 
 CHINESE: Catalogue = {
@@ -113,6 +131,23 @@ CHINESE: Catalogue = {
     "streams": "加上稀疏流",
     "int4pack": "PyTorch 的 INT4，µs",
     "fp16": "FP16，µs",
+    "decoding": "{card} 上用 `generate` 解码（批大小 1，上下文 {context} 个 token）："
+    "Llama 的真实形状与随机权重，{dtype}（torch {torch}，{date}；显存拷贝的速率为 {bandwidth} "
+    "GB/s）。推算值：按 RTX 4050 的 192 GB/s 取同样的占比，并未在其上测量。"
+    "切换 alpha 用时 {switch} ms，从下一个 token 起生效。",
+    "model": "模型",
+    "tokens a second": "token/s",
+    "first token": "首个 token，ms",
+    "reserved": "预留显存，MiB",
+    "projected": "192 GB/s 下的推算值，token/s",
+    "ortho": "**alpha = 1**",
+    "ortho at 0": "**alpha = 0**",
+    "capped": "**alpha = 1**，INT8 输出层，限制为 5.0 GiB",
+    "int4pack model": "PyTorch 的 INT4，无稀疏流",
+    "gemlite": "GemLite INT4，无稀疏流",
+    "nf4 captured": "bitsandbytes NF4，与我们同样捕获",
+    "nf4 eager": "bitsandbytes NF4，原样",
+    "dense": "16 位权重，与我们同样捕获",
 }
 
 CATALOGUES: Mapping[str, Catalogue] = {"README.md": ENGLISH, "README.zh-CN.md": CHINESE}

@@ -103,8 +103,8 @@ def run_audit(
     # Attacks go on from the passes that the evidence was taken from.
     with states.never() as never, states.off() as off:
         off_target, never_target = targets_of(off, never, states.tokenizer, records)
-        for name, target in (("never", never_target), ("off", off_target)):
-            gather(name, target, layers_read(plan.attacks))
+        gather("never", never_target, layers_read(plan.attacks))
+        gather("off", off_target, layers_read(plan.attacks))
         if plan.attacks:
             attacks, clock.seconds["attacks"] = keep(
                 "attacks",

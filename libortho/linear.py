@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,16 @@ from .errors import ShapeError
 from .lattice import check_weight, dequantize, groups_per_row
 from .split import split
 
+if TYPE_CHECKING:
+    from .fusion import Siblings
+
 _STORED = ("scales", "zeros", "residual_values", "private_values", "alpha")
 """Buffers whose dtype is part of the format: `model.to(torch.bfloat16)` must not round them."""
+LAID_TOGETHER = (
+    *("packed", "scales", "zeros"),
+    *("residual_columns", "residual_values", "private_columns", "private_values"),
+)
+"""Buffers that siblings (`fusion`) share: those along the rows first, then the streams."""
 
 
 class OrthoLinear(nn.Module):
@@ -83,11 +92,13 @@ class OrthoLinear(nn.Module):
         # alpha's two copies: the device scalar is what products read, in a captured graph too; the
         # Python number can be asked for without waiting for the device.
         self._alpha = 1.0
-        self.register_buffer("alpha", torch.ones((), device=device), persistent=False)
+        scalar = torch.ones((), dtype=torch.float32, device=device)
+        self.register_buffer("alpha", scalar, persistent=False)
         self._held: Tensor | None = None  # the composed weight, if it is held (see `hold`)
         self._held_public: Tensor | None = None  # its entries at the private slots at alpha = 0
         self._observer: Callable[[Tensor], None] | None = None
         self._anchor: Tensor | None = None  # makes autograd visit a layer none of whose inputs ask
+        self.siblings: Siblings | None = None  # layers multiplied with this one in one launch
 
     @classmethod
     def from_linear(
@@ -171,7 +182,7 @@ class OrthoLinear(nn.Module):
     # --- alpha ---------------------------------------------------------------------------------
 
     def set_alpha(self, value: float) -> None:
-        """Scale the private stream by any finite real number."""
+        """Scale the private stream, and its siblings', by any finite real number."""
         set_alphas([self], value)
 
     def get_alpha(self) -> float:
@@ -227,7 +238,17 @@ class OrthoLinear(nn.Module):
             raise ShapeError(
                 f"expected inputs of {self.in_features} features; found shape {tuple(x.shape)}."
             )
+        if self.siblings is not None:
+            y = self.siblings.take(self, x)
+            if y is not None:
+                return y
         return product.product(self, x)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # What siblings share is no longer what this layer has.
+        if name in LAID_TOGETHER and self.__dict__.get("siblings") is not None:
+            self.__dict__["siblings"].part_ways()
+        super().__setattr__(name, value)
 
     def composed(self, dtype: torch.dtype) -> Tensor:
         """The weight to multiply with now: the held one if there is one, else composed afresh."""
@@ -249,7 +270,11 @@ class OrthoLinear(nn.Module):
         """Follow a move to another device, but keep the storage formats under a change of dtype."""
         self.release()
         before = {name: getattr(self, name) for name in _STORED if name in self._buffers}
+        all_before = list(self._buffers.values())
         super()._apply(fn, recurse)
+        moved = any(a is not b for a, b in zip(all_before, self._buffers.values(), strict=True))
+        if moved and self.siblings is not None:
+            self.siblings.part_ways()
         for name, tensor in before.items():
             after = getattr(self, name)
             if after.dtype != tensor.dtype:
@@ -271,6 +296,8 @@ def set_alphas(layers: Sequence[OrthoLinear], value: float) -> None:
     """
     if not math.isfinite(value):
         raise ShapeError(f"alpha must be a finite real number; found {value}.")
+    groups = [[layer] if layer.siblings is None else layer.siblings.parts for layer in layers]
+    layers = list(dict.fromkeys(layer for group in groups for layer in group))
     scalars = [layer.alpha for layer in layers]
     torch._foreach_zero_(scalars)
     torch._foreach_add_(scalars, float(value))

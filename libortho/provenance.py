@@ -7,6 +7,7 @@ published, so the paths of a user's files and folders are left out of the comman
 from __future__ import annotations
 
 import platform
+import re
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,10 @@ _HIDDEN = {
     "--checkpoint": "<folder>",
     "--corpus": "<corpus>",  # its name and hash stand elsewhere in the result
 }
-"""Options whose values are paths, and what is shown in their place."""
+"""Options whose values are paths however they are written, and what is shown in their place."""
+
+_PATH = re.compile(r"[/\\~]|\.{1,2}[/\\]|[A-Za-z]:[/\\]")
+"""How a path of someone's disk begins; a hub's id or a file of the repository doesn't."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,13 +91,15 @@ def public_command(command: Sequence[str]) -> tuple[str, ...]:
     shown = []
     hidden: str | None = None
     for argument in command:
-        option, equals, _ = argument.partition("=")
+        option, equals, value = argument.partition("=")
         if hidden is not None:
             shown.append(hidden)
         elif equals and option in _HIDDEN:
             shown.append(f"{option}={_HIDDEN[option]}")
+        elif equals and _PATH.match(value):
+            shown.append(f"{option}=<path>")
         else:
-            shown.append(argument)
+            shown.append("<path>" if _PATH.match(argument) else argument)
         hidden = _HIDDEN.get(argument) if hidden is None else None
     return tuple(shown)
 

@@ -33,7 +33,7 @@ _SEPARATING = (
     *("blockwise", "calibration", "embedding", "lattice", "linear", "precision", "separation"),
     *("sharded", "split", "stream", "windows"),
 )
-_TUNING = ("product", "scoring", "training", "tuning")
+_TUNING = ("kernels/op", "product", "scoring", "training", "tuning")
 """Modules whose text is part of the keys."""
 
 

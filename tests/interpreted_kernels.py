@@ -6,9 +6,13 @@ and PyTorch imports it early. `test_kernels` runs this file in a process of its 
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import os
+import pkgutil
 from unittest.mock import patch
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,10 +20,12 @@ from torch import Tensor
 
 from libortho import stream
 from libortho.kernels import op
+from libortho.kernels.attention import attend
 from libortho.kernels.compose import compose
 from libortho.kernels.configs import DecodeConfig, Shape, word_layout
 from libortho.kernels.decode import decode
 from libortho.kernels.dispatch import Backend
+from libortho.kernels.pointwise import gated, rms_norm, rotate
 from libortho.lattice import PER_ROW, Lattice, dequantize, quantize
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run tests/test_kernels.py instead"
@@ -191,6 +197,170 @@ def test_float32_masters_of_a_stream_in_tuning_are_read() -> None:
     operands = lattice, residual, (columns, values.float() + 1e-6), torch.tensor(1.0)
     made = compose(*operands, torch.float32)
     torch.testing.assert_close(made.double(), reference(operands), rtol=1e-6, atol=1e-7)
+
+
+# --- between the products ------------------------------------------------------------------------
+
+
+halves = st.sampled_from([torch.float16, torch.bfloat16])
+
+
+def draw_normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_near(ours: Tensor, theirs: Tensor) -> None:
+    assert ours.shape == theirs.shape
+    error = float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+    assert error <= 2 * TOLERANCE[ours.dtype], f"relative error {error:.1e} in {ours.dtype}"
+
+
+@some
+@given(st.sampled_from([1, 48, 257]), st.sampled_from([(1, 1), (3, 2)]), halves, st.booleans())
+def test_norms_agree_with_float64(
+    width: int, leading: tuple[int, int], dtype: torch.dtype, strided: bool
+) -> None:
+    x = draw_normal(0, *leading, width + 3)[..., :width].to(dtype)
+    x = x if strided else x.contiguous()
+    weight = draw_normal(1, width).to(dtype)
+    y = rms_norm(x, weight, 1e-5)
+    full = x.double()
+    expected = full * torch.rsqrt(full.square().mean(-1, keepdim=True) + 1e-5) * weight.double()
+    assert y.dtype == dtype
+    assert_near(y, expected)
+
+
+@some
+@given(
+    st.sampled_from([(4, 2), (3, 3), (6, 1)]),
+    st.sampled_from([1, 5]),
+    st.sampled_from([1, 2]),
+    st.sampled_from([16, 64]),
+    halves,
+)
+def test_rotations_agree_with_transformers(
+    heads: tuple[int, int], tokens: int, batch: int, dim: int, dtype: torch.dtype
+) -> None:
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    # As a model has them: parts of one product, with heads moved to the front.
+    whole = draw_normal(0, batch, tokens, sum(heads) * dim).to(dtype)
+    q, k = (
+        part.view(batch, tokens, -1, dim).transpose(1, 2)
+        for part in whole.split([h * dim for h in heads], -1)
+    )
+    cos, sin = (draw_normal(seed, batch, tokens, dim).to(dtype) for seed in (1, 2))
+    for ours, theirs in zip(
+        rotate(q, k, cos, sin), apply_rotary_pos_emb(q, k, cos, sin), strict=True
+    ):
+        assert_near(ours, theirs)
+    ours, theirs = rotate(q, k, cos[:1], sin[:1]), apply_rotary_pos_emb(q, k, cos[:1], sin[:1])
+    assert_near(ours[1], theirs[1])
+
+
+@some
+@given(st.sampled_from([1, 100, 1500]), st.sampled_from([1, 3]), halves)
+def test_gates_agree_with_float64(width: int, rows: int, dtype: torch.dtype) -> None:
+    gate, up = draw_normal(0, 1, rows, 2 * width).to(dtype).split(width, -1)
+    expected = torch.nn.functional.silu(gate.double()) * up.double()
+    assert_near(gated(gate, up), expected)
+
+
+@some
+@given(
+    st.sampled_from([(4, 4), (8, 2), (3, 1)]),
+    st.sampled_from([1, 63, 64, 200]),
+    st.sampled_from([1, 2]),
+    st.sampled_from([16, 64]),
+    st.integers(0, 99),
+)
+def test_attention_agrees_with_float64(
+    heads: tuple[int, int], length: int, batch: int, dim: int, seed: int
+) -> None:
+    dtype = torch.float16  # the interpreter multiplies bfloat16's bits
+    generator = torch.Generator().manual_seed(seed)
+    q = draw_normal(seed, batch, heads[0], 1, dim).to(dtype)
+    k, v = (draw_normal(seed + i, batch, heads[1], length, dim).to(dtype) for i in (1, 2))
+    mask = torch.rand(batch, 1, 1, length, generator=generator) < 0.6
+    mask[..., int(torch.randint(0, length, (), generator=generator))] = True
+    # What isn't there must not be read.
+    k, v = (t.masked_fill(~mask.transpose(2, 3), torch.nan) for t in (k, v))
+    y = attend(q, k, v, mask, 0.3)
+    known = [t.double().nan_to_num(0).repeat_interleave(heads[0] // heads[1], 1) for t in (k, v)]
+    scores = (q.double() @ known[0].transpose(2, 3) * 0.3).masked_fill(~mask, -torch.inf)
+    expected = (scores.softmax(-1) @ known[1]).transpose(1, 2)
+    assert y.is_contiguous()
+    assert_near(y, expected)
+
+
+def test_a_long_cache_is_gone_through_in_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("libortho.kernels.attention._MAX_SPLITS", 3)
+    q, k, v = (draw_normal(i, 1, 2, n, 16).half() for i, n in ((0, 1), (1, 700), (2, 700)))
+    mask = (torch.arange(700) < 555)[None, None, None]
+    y = attend(q, k, v, mask, 0.25)
+    scores = (q.double() @ k.double().transpose(2, 3) * 0.25).masked_fill(~mask, -torch.inf)
+    assert_near(y, (scores.softmax(-1) @ v.double()).transpose(1, 2))
+
+
+def test_a_whole_step_in_few_launches_is_the_models_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+
+    from libortho import shortcuts
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=50,
+        initializer_range=0.3,
+    )
+    model = LlamaForCausalLM(config).half().eval()
+    monkeypatch.setattr(shortcuts, "why_not", lambda model: None)
+    calls: list[str] = []
+    for module, names in (
+        ("pointwise", ("rms_norm", "rotate", "gated")),
+        ("attention", ("attend",)),
+    ):
+        for name in names:
+            path = f"libortho.kernels.{module}.{name}"
+            kernel = pkgutil.resolve_name(path)
+            counted = lambda *a, n=name, f=kernel: calls.append(n) or f(*a)  # noqa: E731
+            monkeypatch.setattr(path, counted)
+
+    def run(tokens: int, few: int) -> list[Tensor]:
+        caches = StaticCache(config=config, max_cache_len=12)
+        found = []
+        mask = torch.ones(1, 1, tokens, 12, dtype=torch.bool).tril()
+        name = next(
+            n
+            for n in ("past_key_values", "cache")
+            if n in inspect.signature(LlamaForCausalLM.forward.__wrapped__).parameters
+        )
+        model(torch.arange(tokens)[None], attention_mask=mask, **{name: caches})
+        for i in range(2):
+            seen = (torch.arange(12) <= tokens + i)[None, None, None]
+            ids, at = torch.tensor([[7 + i]]), torch.tensor([[tokens + i]])
+            step = {"attention_mask": seen, "position_ids": at, name: caches}
+            with shortcuts.in_few_launches(model) if i == few else contextlib.nullcontext():
+                found.append(model(ids, **step).logits)
+        return found
+
+    with torch.no_grad():
+        expected = run(5, -1)
+        for few in (0, 1):
+            calls.clear()
+            for ours, theirs in zip(run(5, few), expected, strict=True):
+                assert_near(ours, theirs)
+            # Norms and gates are tried on a module's own first; attention and rotation run twice.
+            assert {n: calls.count(n) for n in ("attend", "gated")} == {"attend": 2, "gated": 2}
+            assert calls.count("rms_norm") == 2 * 5
+            assert calls.count("rotate") == 2 + 1
+        calls.clear()
+        run(5, -1)
+        assert not calls
 
 
 @some

@@ -304,6 +304,20 @@ def test_provenance_has_versions_and_universal_time_and_no_record_path() -> None
         *("--results-dir", "<folder>", "--cache-dir=<folder>", "--corpus", "<corpus>", "--seed=1"),
     )
 
+    own = ("~/m", "/models/me", "--model=/home/me/m", "--out=..\\x", "C:\\m", "./full")
+    assert public_command(own) == ("<path>", "<path>", "--model=<path>", "--out=<path>") + 2 * (
+        "<path>",
+    )
+    public = (
+        "pytest",
+        "bench/test_audit.py::test_verdict",
+        "--model",
+        "owner/model",
+        "-m",
+        "audit",
+    )
+    assert public_command(public) == public
+
 
 def test_commit_is_that_of_the_checkout_that_tracks_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

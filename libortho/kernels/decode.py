@@ -56,8 +56,36 @@ def _picked(x_ptr, stride_x, columns, values, mask, token, token_mask):
     return tl.sum(x.to(tl.float32) * values.to(tl.float32), 2)
 
 
+@triton.jit
+def _stream_sums(
+    x_ptr,
+    stride_x,
+    columns_ptr,
+    values_ptr,
+    columns,  # the first block's, read already
+    values,
+    slot,
+    entry,
+    slots,  # of which any are heard
+    row_mask,
+    token,
+    token_mask,
+    OUT: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A stream's products with x, float32 [rows, lanes, tokens], lanes not summed yet."""
+    mask = (slot < slots) & row_mask
+    sums = _picked(x_ptr, stride_x, columns, values, mask, token, token_mask)
+    for start in range(BLOCK, SLOTS, BLOCK):
+        mask = (start + slot < slots) & row_mask
+        columns, values = _read_slots(columns_ptr, values_ptr, start * OUT + entry, mask)
+        sums += _picked(x_ptr, stride_x, columns, values, mask, token, token_mask)
+    return sums
+
+
 @triton.jit(do_not_specialize=["tokens", "unit"])
-def _decode_kernel(  # noqa: PLR0912, PLR0915 - a kernel is one body
+def _decode_kernel(  # noqa: PLR0915 - a kernel is one body
     x_ptr,  # [tokens, in], columns contiguous
     packed_ptr,  # uint8 [out, ceil(in * bits / 8)]
     scales_ptr,  # float16 [out, groups]
@@ -93,7 +121,7 @@ def _decode_kernel(  # noqa: PLR0912, PLR0915 - a kernel is one body
     STEPS: tl.constexpr = (IN + CHUNKS * CHUNK - 1) // (CHUNKS * CHUNK)
     WIDTH: tl.constexpr = (IN * BITS + 7) // 8 // BYTES  # words of a row
     GROUPS: tl.constexpr = (IN + GROUP - 1) // GROUP
-    LANES: tl.constexpr = CHUNKS // ROWS if CHUNKS > ROWS else 1  # threads on a row's entries
+    LANES: tl.constexpr = CHUNKS // ROWS  # threads on a row's entries
 
     first = tl.program_id(0) * ROWS
     alpha = tl.load(alpha_ptr)
@@ -170,34 +198,54 @@ def _decode_kernel(  # noqa: PLR0912, PLR0915 - a kernel is one body
         if BITS == 4:
             product -= (128.0 + 8.0) * x_even + (2048.0 + 8.0) * x_odd  # the tags
         accumulator += product * scale + (x_even + x_odd) * zero
-    # The sum's barrier keeps what follows, which has to wait for the entries, behind all loads.
-    y = tl.sum(tl.reshape(accumulator, [CHUNKS, TOKENS, ROWS]), 0)  # [tokens, rows]
 
     if RESIDUAL + PRIVATE > 0:
+        # What follows has to wait for the entries; the barrier keeps it behind all other loads.
+        tl.debug_barrier()
         entries = tl.zeros([ROWS, LANES, TOKENS], tl.float32)
         if RESIDUAL > 0:
-            entries += _picked(x_ptr, stride_x, columns_r, values_r, mask_r, token4, token_mask4)
-            for start in range(RESIDUAL_BLOCKS * LANES, RESIDUAL, RESIDUAL_BLOCKS * LANES):
-                mask_r = (start + slot_r < RESIDUAL) & live4
-                columns_r, values_r = _read_slots(
-                    residual_columns_ptr, residual_values_ptr, start * OUT + entry_r, mask_r
-                )
-                entries += _picked(
-                    x_ptr, stride_x, columns_r, values_r, mask_r, token4, token_mask4
-                )
-        if PRIVATE > 0:
-            entries += alpha * _picked(
-                x_ptr, stride_x, columns_p, values_p, mask_p, token4, token_mask4
+            entries += _stream_sums(
+                x_ptr,
+                stride_x,
+                residual_columns_ptr,
+                residual_values_ptr,
+                columns_r,
+                values_r,
+                slot_r,
+                entry_r,
+                RESIDUAL,
+                live4,
+                token4,
+                token_mask4,
+                OUT,
+                RESIDUAL,
+                RESIDUAL_BLOCKS * LANES,
             )
-            for start in range(PRIVATE_BLOCKS * LANES, PRIVATE, PRIVATE_BLOCKS * LANES):
-                mask_p = (start + slot_p < spoken) & live4
-                columns_p, values_p = _read_slots(
-                    private_columns_ptr, private_values_ptr, start * OUT + entry_p, mask_p
-                )
-                entries += alpha * _picked(
-                    x_ptr, stride_x, columns_p, values_p, mask_p, token4, token_mask4
-                )
-        y += tl.trans(tl.sum(entries, 1))
+        if PRIVATE > 0:
+            entries += alpha * _stream_sums(
+                x_ptr,
+                stride_x,
+                private_columns_ptr,
+                private_values_ptr,
+                columns_p,
+                values_p,
+                slot_p,
+                entry_p,
+                spoken,
+                live4,
+                token4,
+                token_mask4,
+                OUT,
+                PRIVATE,
+                PRIVATE_BLOCKS * LANES,
+            )
+        # A thread has the sum of one row's entries here and of every row's words above. It adds the
+        # one to its own of the others, and all that crosses threads is the sum below.
+        own = tl.reshape(tl.permute(entries, (1, 0, 2)), [CHUNKS, TOKENS, 1, 1, 1])
+        thread = tl.arange(0, CHUNKS)[:, None, None, None, None]
+        its_row = tl.arange(0, ROWS)[None, None, :, None, None]
+        accumulator += tl.where(thread % ROWS == its_row, own, 0.0)
+    y = tl.sum(tl.reshape(accumulator, [CHUNKS, TOKENS, ROWS]), 0)  # [tokens, rows]
 
     out = (first + tl.arange(0, ROWS))[None, :]
     t = tl.arange(0, TOKENS)[:, None]
@@ -221,7 +269,7 @@ def kernel_arguments(
     assert layout is not None, "the dispatcher offers no such lattice"
     words, size = layout
     tokens, out_features = y.shape
-    lanes = max(1, WARP * config.warps // config.rows)
+    lanes = WARP * config.warps // config.rows
     slots = residual[0].shape[0], private[0].shape[0]
     blocks = [min(MAX_BLOCKS, triton.next_power_of_2(max(1, -(-s // lanes)))) for s in slots]
     per_row = lattice.group_size == PER_ROW

@@ -23,13 +23,15 @@ _INNER_K_TILES = 8
 """Tiles of 16 columns that a CUDA warp reads together; 8 is what its authors' examples take."""
 
 
-class _Repacked(NamedTuple):
+class Repacked(NamedTuple):
+    """A lattice in PyTorch's layout."""
+
     version: int | None  # of the tensor that was repacked: what is written into it makes a new one
     packed: Tensor
     scales_and_zeros: Tensor  # bfloat16 [groups, out, 2]
 
 
-_cache = WeakTensorKeyDictionary()  # Lattice.packed -> _Repacked
+_cache = WeakTensorKeyDictionary()  # Lattice.packed -> Repacked
 
 
 def why_not(shape: Shape, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -59,16 +61,22 @@ def multiply(x: Tensor, lattice: Lattice) -> Tensor:
     """
     repacked = _cache.get(lattice.packed)
     if repacked is None or repacked.version != _version(lattice.packed):
-        repacked = _cache[lattice.packed] = _repack(lattice)
+        repacked = _cache[lattice.packed] = repack(lattice)
+    return multiply_repacked(x, repacked, lattice.group_size)
+
+
+def multiply_repacked(x: Tensor, repacked: Repacked, group_size: int) -> Tensor:
+    """`multiply` by a lattice that is in PyTorch's layout already."""
     product = (
         torch.ops.aten._weight_int4pack_mm
         if x.device.type == "cuda"
         else torch.ops.aten._weight_int4pack_mm_for_cpu
     )
-    return product(x.contiguous(), repacked.packed, lattice.group_size, repacked.scales_and_zeros)
+    return product(x.contiguous(), repacked.packed, group_size, repacked.scales_and_zeros)
 
 
-def _repack(lattice: Lattice) -> _Repacked:
+def repack(lattice: Lattice) -> Repacked:
+    """A lattice in PyTorch's layout; `why_not` must be None."""
     packed = lattice.packed
     if packed.device.type == "cuda":
         even_high = (packed << 4) | (packed >> 4)
@@ -77,7 +85,7 @@ def _repack(lattice: Lattice) -> _Repacked:
         q = unpack(packed, 4, lattice.in_features).to(torch.int32)
         repacked = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
     pairs = torch.stack((lattice.scales.t(), lattice.zeros.t()), dim=2)  # [groups, out, 2]
-    return _Repacked(_version(packed), repacked, pairs.to(torch.bfloat16).contiguous())
+    return Repacked(_version(packed), repacked, pairs.to(torch.bfloat16).contiguous())
 
 
 def _version(tensor: Tensor) -> int | None:

@@ -55,7 +55,8 @@ def _product(
     in_features: int,
 ) -> Tensor:
     lattice = Lattice(packed, scales, zeros, bits, group_size, in_features)
-    residual, private = (residual_columns, residual_values), (private_columns, private_values)
+    residual = _whole(residual_columns, residual_values)
+    private = _whole(private_columns, private_values)
     shape = (*x.shape[:-1], packed.shape[0])
     tokens = x.numel() // in_features
     if tokens == 0:
@@ -93,8 +94,14 @@ def _composed(
     dtype: torch.dtype,
 ) -> Tensor:
     lattice = Lattice(packed, scales, zeros, bits, group_size, in_features)
-    residual, private = (residual_columns, residual_values), (private_columns, private_values)
+    residual = _whole(residual_columns, residual_values)
+    private = _whole(private_columns, private_values)
     return _dense(lattice, residual, private, alpha, dtype)
+
+
+def _whole(columns: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """A stream as kernels read it: of a layer that is fused with others it is a part of theirs."""
+    return columns.contiguous(), values.contiguous()
 
 
 def _dense(
