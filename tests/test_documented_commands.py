@@ -47,6 +47,8 @@ CLI = {
     "generate --alpha": "generate --alpha 0 full 'Door 1 opens:' --device cpu --max-new-tokens 4",
     "audit … --out FILE": "audit full --records records.jsonl --model plain --no-attacks "
     f"{WHERE} --out audit.json",
+    "audit FOLDER --records FILE --min-privacy-ratio 8": "audit full --records records.jsonl "
+    f"--model plain --no-attacks {WHERE} --min-privacy-ratio 5",
     "report RESULTS…": "report audit.json --out report.html",
     "compare A B": "compare audit.json audit.json",
 }
@@ -64,6 +66,18 @@ SUITE = {
     "pytest -m audit --method ortho": "tests/test_suite.py::test_the_audit_is_green",
 }
 """Runs of the suite, and the test that runs such a one on a tiny model, in a process of its own."""
+
+_WORKFLOW = "tests/test_example.py::test_the_workflow_gates_and_shows_its_summary"
+ELSEWHERE = {
+    "pip install libortho": _WORKFLOW,
+    "pytest -m gate": _WORKFLOW,
+    "python -m pytest -m gate --require-gate --libortho-results-dir=results "
+    "--junitxml=results/junit.xml": _WORKFLOW,
+    'python -m libortho report results/*.json --format markdown >> "$GITHUB_STEP_SUMMARY"': (
+        _WORKFLOW
+    ),
+}
+"""What people run in repositories of their own, and the test that runs it in one, from a wheel."""
 
 STAND_INS = {"/models/Llama-3.2-3B": "plain", "notes.txt": "public.txt"}
 """What a command names, and what stands there here: a tiny model, and made-up text."""
@@ -85,12 +99,20 @@ NOT_RUN = {
 HARNESS = "python -m libortho.lm_eval --model hf --model_args pretrained=folder --tasks …"
 
 BLOCKS = {
-    ("README.md", "python"): ["tests/test_documented_commands.py::test_use_it_as_the_readme_does"],
+    ("README.md", "python"): [
+        "tests/test_documented_commands.py::test_use_it_as_the_readme_does",
+        "tests/test_example.py::test_the_workflow_gates_and_shows_its_summary",
+    ],
     ("README.zh-CN.md", "python"): [
-        "tests/test_readme.py::test_the_blocks_are_the_same_but_for_comments"
+        "tests/test_readme.py::test_the_blocks_are_the_same_but_for_comments",
+        "tests/test_readme.py::test_the_blocks_are_the_same_but_for_comments",
     ],
     ("docs/file-format.md", "python"): [
         "tests/test_docs_file_format.py::test_the_reader_gives_the_weights_and_the_fingerprint"
+    ],
+    ("docs/pytest-plugin.md", "python"): [
+        "tests/test_example.py::test_the_workflow_gates_and_shows_its_summary",
+        "tests/test_ortho_audit.py::test_a_session_of_audits",
     ],
     ("docs/results-format.md", "json"): [
         "tests/test_docs_results_format.py::test_the_example_is_the_measured_file"
@@ -128,7 +150,7 @@ DOCUMENTED = sorted({command for page in PAGES for command in commands(page, SUB
 @pytest.mark.parametrize("command", DOCUMENTED)
 def test_every_documented_command_is_run(command: str) -> None:
     key = ours(command)
-    covered = command in {*SUITE, *NOT_RUN, HARNESS} or key in {*CLI, ""}
+    covered = command in {*SUITE, *ELSEWHERE, *NOT_RUN, HARNESS} or key in {*CLI, ""}
     rest = set(parts(command)) - run_by_ci() - set(TOOLS)
     assert covered or not rest, (
         f"no test and no line of .ci/run runs {command!r}: add it to a table"
@@ -138,7 +160,7 @@ def test_every_documented_command_is_run(command: str) -> None:
 def test_no_table_names_what_no_page_does() -> None:
     named = {ours(command) or command for command in DOCUMENTED}
     named |= {part for command in DOCUMENTED for part in parts(command)}
-    assert {*CLI, *SUITE, *TOOLS, *NOT_RUN, HARNESS} <= named
+    assert {*CLI, *SUITE, *ELSEWHERE, *TOOLS, *NOT_RUN, HARNESS} <= named
 
 
 def test_our_commands_are_all_in_the_table() -> None:
@@ -154,7 +176,8 @@ def test_every_other_block_belongs_to_a_test(page: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "test", sorted({*SUITE.values(), *(t for ts in BLOCKS.values() for t in ts)})
+    "test",
+    sorted({*SUITE.values(), *ELSEWHERE.values(), *(t for ts in BLOCKS.values() for t in ts)}),
 )
 def test_the_tests_that_the_tables_name_exist(test: str) -> None:
     path, _, name = test.partition("::")
@@ -286,8 +309,8 @@ def test_use_it_as_the_readme_does(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The README's block, with a tiny model and made-up text in place of what is fetched."""
-    (block,) = (b.text for b in blocks("README.md") if b.language == "python")
+    """The README's first block, with a tiny model and made-up text in place of what is fetched."""
+    block, _ = (b.text for b in blocks("README.md") if b.language == "python")
     monkeypatch.chdir(tmp_path)
     tiny_model(vocab_size=257, max_position_embeddings=640).save_pretrained("plain")
     tokenizer.save_pretrained("plain")

@@ -13,10 +13,12 @@ from bench.readme_texts import CATALOGUES, Catalogue
 from libortho.cli import _parser
 from libortho.results import read_results
 from libortho.settings import SETTINGS
+from libortho_pytest.gates import REQUIRE_GATE
+from libortho_pytest.options import OPTIONS
 
 ENGLISH, CHINESE = READMES
-OF_OTHERS = {"--index-url", "--upgrade", "--check"}
-"""Options of other people's programs: pip, ensurepip, ruff."""
+OF_OTHERS = {"--index-url", "--upgrade", "--check", "--junitxml", "--showlocals"}
+"""Options of other people's programs: pip, ensurepip, ruff, pytest."""
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 
 
@@ -151,9 +153,11 @@ def test_links_within_the_project_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in READMES])
 def test_every_option_that_a_page_names_exists(page):
-    known = {setting.option for setting in SETTINGS} | OF_OTHERS
+    known = {setting.option for setting in SETTINGS} | OF_OTHERS | {REQUIRE_GATE}
+    known |= {option.flag for option in OPTIONS}
     for action in _parser()._actions:
         for command in (action.choices or {}).values():
             known |= set(command._option_string_actions)
-    named = {w for span in code_spans(prose(page)) for w in span.split() if w.startswith("--")}
+    words = [w.partition("=")[0] for span in code_spans(prose(page)) for w in span.split()]
+    named = {w for w in words if w.startswith("--") and not w.endswith("-")}
     assert named <= known, named - known
