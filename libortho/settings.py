@@ -174,7 +174,7 @@ def resolve(
         text, origin = next(((t, o) for t, o in given if t not in (None, "")), (None, "default"))
         values[setting.key] = setting.default if text is None else _parsed(setting, text, origin)
         origins[setting.key] = origin
-    if not PROFILES[values["profile"]].vram_gib_total:  # a profile without a card
+    if "profile" in values and not PROFILES[values["profile"]].vram_gib_total:  # it has no card
         if values["device"] not in ("auto", "cpu"):
             raise ConfigError(
                 f"--profile {values['profile']} has no card; found --device {values['device']}. "
