@@ -24,6 +24,8 @@ FOLDER = Path(__file__).parent / "results"
 BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
 CARD_RUN, KERNELS, DECODE = "h100-enwiki.json", "h100-kernels.json", "h100-decode.json"
 """A run of both experiments on a card; `gpu_kernels.py` and `gpu_decode.py` on the same kind."""
+BANDWIDTH, MEMORY = "h100-bandwidth.json", "h100-memory.json"
+"""Of later runs on the same kind of card: `gpu_decode.py`'s first section, `gpu_memory.py`."""
 RUNS = ("cpu-enwiki.json", "cpu-wikitext2.json")
 """A whole run of `pytest -m gtx4050`, then ones of experiment 2 on other text."""
 ARMS = ("reference", "alpha1", "alpha0", "plain", "nf4")
@@ -42,13 +44,51 @@ def render(readme: str = "README.md") -> str:
             _throughput(runs[0], words),
             _card(read_results(FOLDER / CARD_RUN), words),
             _kernels(json.loads((FOLDER / KERNELS).read_text(encoding="utf-8")), words),
+            _bandwidth(_measured(KERNELS), _measured(BANDWIDTH), words),
             *(
                 [_decoding(json.loads(decoding.read_text(encoding="utf-8")), words)]
                 if decoding.exists()
                 else []
             ),
+            _memory(_measured(MEMORY), words),
         ]
     )
+
+
+def _measured(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((FOLDER / name).read_text(encoding="utf-8"))
+    return found
+
+
+def _bandwidth(kernels: dict[str, Any], later: dict[str, Any], words: Catalogue) -> str:
+    copies = later["bandwidth"]
+    ratio = kernel_facts(kernels)["bandwidth"]
+    return words["bandwidth"].format(
+        memcpy=f"{copies['memcpy_gb_per_s']:.0f}",
+        elementwise=f"{copies['elementwise_gb_per_s']:.0f}",
+        ratio=f"{float(ratio) / copies['elementwise_gb_per_s']:.2f}",
+    )
+
+
+def _memory(found: dict[str, Any], words: Catalogue) -> str:
+    names = {"8B": "Llama 3 8B", "3B": "Llama 3.2 3B"}
+    rows = [
+        [
+            names[model],
+            f"{found[model]['separate']['seconds']:.0f}",
+            f"{found[model]['separate']['peak_own_host_mib']:,.0f}",
+            f"{found[model]['separate']['peak_reserved_mib']:,.0f}",
+            words["ran out of memory" if "OutOfMemory" in outcome else "not measured"],
+        ]
+        for model in names
+        for outcome in [str(found[model]["run"].get("failed", ""))]
+    ]
+    header = [words[k] for k in ("model", "seconds", "host memory", "card memory", "running it")]
+    where = found["environment"]
+    said = words["memory"].format(
+        card=where["device"], torch=where["torch"], date=where["date_utc"][:10]
+    )
+    return "\n".join([said, "", *_table(header, rows)])
 
 
 def block_of(text: str) -> str:

@@ -58,6 +58,19 @@ ENGLISH: Catalogue = {
     "{bandwidth} GB/s, read and written): INT4 with groups of 128, one token, float16, at layer "
     "shapes of Llama; streams are 0.5 % residual and 0.5 % private. Of {checked} random cases "
     "{missed} missed the float64 reference.",
+    "bandwidth": "A later run on a card of the same kind copied at {memcpy} GB/s by memcpy and at "
+    "{elementwise} GB/s elementwise. Against the faster copy the shares of bandwidth in the table "
+    "are {ratio} of what they say.",
+    # Whole models
+    "memory": "Separation from the safetensors shards of whole models, random weights at their "
+    "exact geometry, on an {card} capped at 5.0 GiB (torch {torch}, {date}): INT4 with groups of "
+    "128, 8-bit embedding and head, 0.5 % residual. Host memory is beyond the page cache.",
+    "model": "model",
+    "seconds": "seconds",
+    "host memory": "host memory, MiB",
+    "card memory": "card memory, MiB",
+    "running it": "running it within 5.0 GiB",
+    "ran out of memory": "ran out of memory",
     "layer": "layer",
     "base": "base, µs",
     "share": "of copy bandwidth",
@@ -69,7 +82,6 @@ ENGLISH: Catalogue = {
     "Llama's exact geometry with random weights, {dtype} (torch {torch}, {date}; copies ran at "
     "{bandwidth} GB/s). Projected: the same share of an RTX 4050's 192 GB/s, not measured there. "
     "Switching alpha takes {switch} ms and holds from the next token on.",
-    "model": "model",
     "tokens a second": "tokens/s",
     "first token": "first token, ms",
     "reserved": "reserved, MiB",
@@ -125,6 +137,17 @@ CHINESE: Catalogue = {
     "显存拷贝的速率为 {bandwidth} GB/s，读写合计）：INT4，每组 128 个权重，单个 token，float16，"
     "层的形状取自 Llama；两个稀疏流各为 0.5 % 残差与 0.5 % 私有。"
     "{checked} 个随机用例中，有 {missed} 个偏离 float64 参考值。",
+    "bandwidth": "后来在同型号的卡上，memcpy 的拷贝速率为 {memcpy} GB/s，逐元素拷贝为 "
+    "{elementwise} GB/s。以较快者为准，表中的带宽占比应乘以 {ratio}。",
+    "memory": "从 safetensors 分片拆分整个模型（随机权重，几何形状与原模型完全一致），"
+    "在 {card} 上，显存限制为 5.0 GiB（torch {torch}，{date}）：INT4，每组 128 个权重，嵌入层与输出头 8 比特，"
+    "残差 0.5 %。主机内存不计页缓存。",
+    "model": "模型",
+    "seconds": "秒",
+    "host memory": "主机内存，MiB",
+    "card memory": "显存，MiB",
+    "running it": "在 5.0 GiB 内运行",
+    "ran out of memory": "显存不足",
     "layer": "层",
     "base": "基座，µs",
     "share": "占拷贝带宽",
@@ -135,7 +158,6 @@ CHINESE: Catalogue = {
     "Llama 的真实形状与随机权重，{dtype}（torch {torch}，{date}；显存拷贝的速率为 {bandwidth} "
     "GB/s）。推算值：按 RTX 4050 的 192 GB/s 取同样的占比，并未在其上测量。"
     "切换 alpha 用时 {switch} ms，从下一个 token 起生效。",
-    "model": "模型",
     "tokens a second": "token/s",
     "first token": "首个 token，ms",
     "reserved": "预留显存，MiB",
