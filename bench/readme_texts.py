@@ -140,8 +140,8 @@ CHINESE: Catalogue = {
     "bandwidth": "后来在同型号的卡上，memcpy 的拷贝速率为 {memcpy} GB/s，逐元素拷贝为 "
     "{elementwise} GB/s。以较快者为准，表中的带宽占比应乘以 {ratio}。",
     "memory": "从 safetensors 分片拆分整个模型（随机权重，几何形状与原模型完全一致），"
-    "在 {card} 上，显存限制为 5.0 GiB（torch {torch}，{date}）：INT4，每组 128 个权重，嵌入层与输出头 8 比特，"
-    "残差 0.5 %。主机内存不计页缓存。",
+    "在 {card} 上，显存限制为 5.0 GiB（torch {torch}，{date}）：INT4，每组 128 个权重，"
+    "嵌入层与输出头 8 比特，残差 0.5 %。主机内存不计页缓存。",
     "model": "模型",
     "seconds": "秒",
     "host memory": "主机内存，MiB",
