@@ -141,7 +141,7 @@ class Audits:
     def _identity(self) -> dict[str, Any]:
         """What determines every audit of this run, beside the job."""
         settings, corpus = self.settings, self.ingredients.corpus
-        splits = (corpus.calibration, corpus.replay, corpus.passages)
+        splits = (corpus.calibration, corpus.replay, corpus.passages, corpus.test)
         checkpoint = settings.checkpoint
         return {
             "model": self.ingredients.resolved.identity,
@@ -167,6 +167,7 @@ class Audits:
             attacks=made,
             references=references if attacks else {},
             doses=DOSES if attacks else (),
+            public_text=self.ingredients.corpus.test,
         )
         config = {
             "separation": self.ingredients.separation.to_dict(),

@@ -77,6 +77,7 @@ def audit_artefact(
         attacks=made,
         references=reshape_references(records.planted, seed=records.seed) if attacks else {},
         doses=DOSES if attacks else (),
+        public_text=corpus.test,
     )
     config = {"artefact": Path(folder).absolute().name, "separation": separation.to_dict()}
     return run_audit(states, records, plan, model=public_model.name, config=config)

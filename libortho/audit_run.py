@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,7 @@ from libortho.audit import AuditVerdict, audit
 from libortho.audit_metrics import measure_state
 from libortho.audit_results import AuditResult
 from libortho.contrast import ALL_FAMILIES, Finding
-from libortho.errors import RecordError
+from libortho.errors import CorpusError, RecordError
 from libortho.evidence import Evidence
 from libortho.journal import made_now
 from libortho.membership import is_extracted
@@ -35,9 +35,13 @@ from libortho.methods.states import StateName, TwoStates
 from libortho.precision import dtype_name
 from libortho.records import Record, RecordSet, encode
 from libortho.statistics import privacy_ratio
+from libortho.windows import token_windows
 
 STATES: tuple[StateName, ...] = ("never", "off", "on")
 """In the order of the results' rows."""
+
+DOSE_WINDOWS, DOSE_WINDOW_TOKENS = 4, 512
+"""Public text at each alpha of the dose curve: the same windows for all, so few tell them apart."""
 
 Keep = Callable[[str, Any, Callable[[], Any]], tuple[Any, float]]
 """Makes a stage, or finds what an interrupted run made of it: (name, type, maker) to (it, seconds).
@@ -53,6 +57,7 @@ class Plan:
     attacks: on the off state and on the never-trained model; none = evidence alone
     references: for ids of planted records other secrets after the same prompt, for exposure
     doses: values of alpha for the dose curve, where the method has a dial
+    public_text: for perplexity along the dose curve; none, or too little for a window = left out
     trust_construction: whether equal fingerprints may carry the verdict. Without, the predictions
         and attacks must
     """
@@ -60,6 +65,7 @@ class Plan:
     attacks: Sequence[Attack] = ()
     references: Mapping[str, Sequence[Record]] = field(default_factory=dict)
     doses: Sequence[float] = ()
+    public_text: Sequence[str] = ()
     trust_construction: bool = True
 
 
@@ -186,7 +192,13 @@ def as_finding(result: AttackResult) -> Finding:
 
 def _dosed(states: TwoStates, records: RecordSet, plan: Plan) -> tuple[DosePoint, ...]:
     with states.on() as on:
-        return dose_curve(on, states.tokenizer, records, alphas=plan.doses)
+        length = min(DOSE_WINDOW_TOKENS, on.config.max_position_embeddings)
+        windows = None
+        with suppress(CorpusError):
+            windows = token_windows(
+                states.tokenizer, plan.public_text, count=DOSE_WINDOWS, length=length, fewer=True
+            )
+        return dose_curve(on, states.tokenizer, records, alphas=plan.doses, windows=windows)
 
 
 def _references(

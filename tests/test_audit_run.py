@@ -80,12 +80,15 @@ def audited(states: TwoStates, **plan: Any) -> AuditResult:
     return run_audit(states, RECORDS, Plan(**plan), model="tiny", config={"seed": 0})
 
 
-def test_a_whole_audit_is_private_by_construction_and_survives_its_file(states: TwoStates) -> None:
+def test_a_whole_audit_is_private_by_construction_and_survives_its_file(
+    states: TwoStates, public_text: list[str]
+) -> None:
     result = audited(
         states,
         attacks=(LogitLens(layers=1), PromptLengths()),
         references=REFERENCES,
         doses=(0.5,),
+        public_text=public_text,
     )
     assert result.verdict == "private by construction"
     assert result.fingerprint_off == result.fingerprint_without_records
@@ -100,6 +103,8 @@ def test_a_whole_audit_is_private_by_construction_and_survives_its_file(states: 
         "prompt lengths",
     }
     assert result.dose_curve[0].alpha == 0.5
+    assert result.dose_curve[0].ppl is not None
+    assert result.dose_curve[0].ppl > 1
     assert result.bits_on > result.bits_off
     text = to_json_of(result)
     assert PLANTED not in text
