@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import typing
@@ -16,12 +17,24 @@ import libortho
 
 pdoc: Any = pytest.importorskip("pdoc", reason='pip install -e ".[dev]"')
 
+
+def can_be_imported(name: str) -> bool:
+    """Whether a module is there on this machine: kernels are not without Triton."""
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        return False
+    return True
+
+
 MODULES = [
     "libortho",
     *sorted(
         module.name
         for module in pkgutil.walk_packages(libortho.__path__, "libortho.")
-        if not module.name.endswith("__main__")
+        if not module.name.endswith("__main__") and can_be_imported(module.name)
     ),
 ]
 
@@ -48,7 +61,10 @@ def test_every_module_is_rendered_without_a_warning(
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         pdoc.pdoc(*asked, output_directory=tmp_path)
-    assert not said, "\n".join(str(warning.message) for warning in said)
+    told = [str(warning.message) for warning in said]
+    if importlib.util.find_spec("triton") is None:
+        told = [text for text in told if "No module named 'triton'" not in text]
+    assert not told, "\n".join(told)
     pages = {p.relative_to(tmp_path).with_suffix("").as_posix() for p in tmp_path.rglob("*.html")}
     assert pages >= {name.replace(".", "/") for name in MODULES}
 
