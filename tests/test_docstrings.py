@@ -59,7 +59,9 @@ def test_every_module_is_rendered_without_a_warning(
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         pdoc.pdoc(*asked, *left_out, output_directory=tmp_path)
-    assert not said, "\n".join(str(warning.message) for warning in said)
+    absent = tuple(f"Couldn't import {name[1:]}" for name in left_out)
+    told = [text for w in said if not (text := str(w.message)).startswith(absent)]
+    assert not told, "\n".join(told)
     pages = {p.relative_to(tmp_path).with_suffix("").as_posix() for p in tmp_path.rglob("*.html")}
     assert pages >= {name.replace(".", "/") for name in MODULES}
 
