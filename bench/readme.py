@@ -35,24 +35,18 @@ def render(readme: str = "README.md") -> str:
     """The block between a README's marks, in that README's language."""
     words = CATALOGUES[readme]
     runs = [read_results(FOLDER / name) for name in RUNS]
-    decoding = FOLDER / DECODE
-    return "\n\n".join(
-        [
-            _conditions(runs[0], words),
-            _kill_switch(runs[0], words),
-            _null_test(runs, words),
-            _throughput(runs[0], words),
-            _card(read_results(FOLDER / CARD_RUN), words),
-            _kernels(json.loads((FOLDER / KERNELS).read_text(encoding="utf-8")), words),
-            _bandwidth(_measured(KERNELS), _measured(BANDWIDTH), words),
-            *(
-                [_decoding(json.loads(decoding.read_text(encoding="utf-8")), words)]
-                if decoding.exists()
-                else []
-            ),
-            _memory(_measured(MEMORY), words),
-        ]
-    )
+    sections = [
+        _conditions(runs[0], words),
+        _kill_switch(runs[0], words),
+        _null_test(runs, words),
+        _throughput(runs[0], words),
+        _card(read_results(FOLDER / CARD_RUN), words),
+        _kernels(_measured(KERNELS), words),
+        _bandwidth(_measured(KERNELS), _measured(BANDWIDTH), words),
+    ]
+    if (FOLDER / DECODE).exists():
+        sections.append(_decoding(_measured(DECODE), words))
+    return "\n\n".join([*sections, _memory(_measured(MEMORY), words)])
 
 
 def _measured(name: str) -> dict[str, Any]:
@@ -62,27 +56,25 @@ def _measured(name: str) -> dict[str, Any]:
 
 def _bandwidth(kernels: dict[str, Any], later: dict[str, Any], words: Catalogue) -> str:
     copies = later["bandwidth"]
-    ratio = kernel_facts(kernels)["bandwidth"]
+    ratio = kernels["bandwidth"]["copy_gb_per_s"] / copies["elementwise_gb_per_s"]
     return words["bandwidth"].format(
         memcpy=f"{copies['memcpy_gb_per_s']:.0f}",
         elementwise=f"{copies['elementwise_gb_per_s']:.0f}",
-        ratio=f"{float(ratio) / copies['elementwise_gb_per_s']:.2f}",
+        ratio=f"{ratio:.2f}",
     )
 
 
 def _memory(found: dict[str, Any], words: Catalogue) -> str:
-    names = {"8B": "Llama 3 8B", "3B": "Llama 3.2 3B"}
-    rows = [
-        [
-            names[model],
-            f"{found[model]['separate']['seconds']:.0f}",
-            f"{found[model]['separate']['peak_own_host_mib']:,.0f}",
-            f"{found[model]['separate']['peak_reserved_mib']:,.0f}",
-            words["ran out of memory" if "OutOfMemory" in outcome else "not measured"],
-        ]
-        for model in names
-        for outcome in [str(found[model]["run"].get("failed", ""))]
-    ]
+    rows = []
+    for model, name in {"8B": "Llama 3 8B", "3B": "Llama 3.2 3B"}.items():
+        made, ran = found[model]["separate"], found[model]["run"]
+        outcome = words["not measured"]
+        if "peak_reserved_mib" in ran:
+            outcome = f"{ran['peak_reserved_mib']:,.0f} MiB"
+        elif "OutOfMemory" in ran.get("failed", ""):
+            outcome = words["ran out of memory"]
+        mib = (f"{made[key]:,.0f}" for key in ("peak_own_host_mib", "peak_reserved_mib"))
+        rows.append([name, f"{made['seconds']:.0f}", *mib, outcome])
     header = [words[k] for k in ("model", "seconds", "host memory", "card memory", "running it")]
     where = found["environment"]
     said = words["memory"].format(

@@ -60,7 +60,7 @@ ENGLISH: Catalogue = {
     "{missed} missed the float64 reference.",
     "bandwidth": "A later run on a card of the same kind copied at {memcpy} GB/s by memcpy and at "
     "{elementwise} GB/s elementwise. Against the faster copy the shares of bandwidth in the table "
-    "are {ratio} of what they say.",
+    "are {ratio} of what they say. The kernels have been changed since, and not timed again.",
     # Whole models
     "memory": "Separation from the safetensors shards of whole models, random weights at their "
     "exact geometry, on an {card} capped at 5.0 GiB (torch {torch}, {date}): INT4 with groups of "
@@ -138,7 +138,8 @@ CHINESE: Catalogue = {
     "层的形状取自 Llama；两个稀疏流各为 0.5 % 残差与 0.5 % 私有。"
     "{checked} 个随机用例中，有 {missed} 个偏离 float64 参考值。",
     "bandwidth": "后来在同型号的卡上，memcpy 的拷贝速率为 {memcpy} GB/s，逐元素拷贝为 "
-    "{elementwise} GB/s。以较快者为准，表中的带宽占比应乘以 {ratio}。",
+    "{elementwise} GB/s。以较快者为准，表中的带宽占比应乘以 {ratio}。"
+    "此后内核有改动，尚未重新计时。",
     "memory": "从 safetensors 分片拆分整个模型（随机权重，几何形状与原模型完全一致），"
     "在 {card} 上，显存限制为 5.0 GiB（torch {torch}，{date}）：INT4，每组 128 个权重，"
     "嵌入层与输出头 8 比特，残差 0.5 %。主机内存不计页缓存。",

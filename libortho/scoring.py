@@ -47,19 +47,20 @@ def packed_inputs(model: Any, sequences: Sequence[Sequence[int]]) -> dict[str, T
     """
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     owner = torch.repeat_interleave(lengths)  # [all tokens]
-    inputs = _masked(model, (owner[:, None] == owner[None, :]).tril())
-    inputs["input_ids"] = torch.tensor([[token for sequence in sequences for token in sequence]])
-    inputs["position_ids"] = torch.cat([torch.arange(int(length)) for length in lengths])[None]
+    inputs = {
+        "input_ids": torch.tensor([[token for sequence in sequences for token in sequence]]),
+        "position_ids": torch.cat([torch.arange(int(length)) for length in lengths])[None],
+        "attention_mask": _mask((owner[:, None] == owner[None, :]).tril(), model.dtype),
+    }
     if len(sequences) == 1:  # a plain causal pass has faster kernels without a mask
         del inputs["attention_mask"]
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}
 
 
-def _masked(model: Any, allowed: Tensor) -> dict[str, Tensor]:
-    """The additive mask of a row of tokens, from bool `[tokens, tokens]`: who may look at whom."""
-    mask = torch.zeros(allowed.shape, dtype=model.dtype)
-    mask.masked_fill_(~allowed, torch.finfo(model.dtype).min)
-    return {"attention_mask": mask[None, None]}
+def _mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive `[1, 1, tokens, tokens]`, from bool `[tokens, tokens]`: who may look at whom."""
+    mask = torch.zeros(allowed.shape, dtype=dtype)
+    return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[None, None]
 
 
 def packed_hidden_states(model: Any, sequences: Sequence[Sequence[int]]) -> Tensor:
@@ -149,9 +150,12 @@ def shared_prompt_logits(model: Any, groups: Sequence[Sequence[EncodedRecord]]) 
         parts += 1
     parts_of, before_of = torch.tensor(part), torch.tensor(before)
     seen = (parts_of[:, None] == parts_of) | (before_of[:, None] == parts_of)
-    inputs = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions])}
-    inputs = {k: v.to(model.device) for k, v in (inputs | _masked(model, seen.tril())).items()}
-    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[0]
+    hidden = model.base_model(
+        input_ids=torch.tensor([ids], device=model.device),
+        position_ids=torch.tensor([positions], device=model.device),
+        attention_mask=_mask(seen.tril(), model.dtype).to(model.device),
+        use_cache=False,
+    ).last_hidden_state[0]
     at, of, whose = (torch.tensor(t, device=hidden.device) for t in (places, targets, owner))
     return SecretLogits(model.get_output_embeddings()(hidden[at]), of, whose)
 
