@@ -32,7 +32,7 @@ EXPOSURE_REFERENCES = 7
 
 # Planted records that get any: each takes 7 more scored secrets in every state, and of 200 records
 # those of all would take longer than everything else that is asked of a state.
-EXPOSURE_RECORDS = 60
+EXPOSURE_RECORDS = 30
 
 # Passages that a document gives before there is a reason to take more.
 _PASSAGES_PER_DOCUMENT = 3

@@ -40,7 +40,7 @@ from libortho.windows import token_windows
 STATES: tuple[StateName, ...] = ("never", "off", "on")
 """In the order of the results' rows."""
 
-DOSE_WINDOWS, DOSE_WINDOW_TOKENS = 4, 512
+DOSE_WINDOWS, DOSE_WINDOW_TOKENS = 2, 512
 """Public text at each alpha of the dose curve: the same windows for all, so few tell them apart."""
 
 Keep = Callable[[str, Any, Callable[[], Any]], tuple[Any, float]]

@@ -195,6 +195,30 @@ def test_a_search_that_keeps_everything_ranks_all_texts(
     assert 0 < run.hits.sum() < 6
 
 
+def test_of_a_long_secret_its_beginning_is_searched_and_drawn(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    """Of a space and two digits two tokens, so ten guesses are all that there are."""
+    model = knowing_model(tokenizer, steps=25)
+    planted = tuple(Record(f"p{i}", f"Gate {i}:", f" {10 + 7 * i}", "f") for i in range(3))
+    twins = tuple(Record(f"t{i}", f"Door {i}, no", f" {60 + 9 * i}", "f") for i in range(3))
+    target = Target(model, tokenizer, RecordSet(planted, twins, 0, "two digits"))
+    digits = [tokenizer(f" {d}")["input_ids"][-1] for d in range(10)]
+    run = ConstrainedSearch(beams=10, horizon=2).run(target, target)
+    few = ConstrainedSearch(beams=2, horizon=2).run(target, target)
+    for i, asked in enumerate(target.asked):
+        logprobs = logits_of(model, asked.prompt_ids + asked.secret_ids[:1]).log_softmax(-1)[-1]
+        own = float(logprobs[asked.secret_ids[1]])
+        second, best = sorted(float(logprobs[d]) for d in digits)[-2:]
+        assert run.hits[0, i]
+        assert run.scores[0, i] == pytest.approx(own - best, abs=1e-3)
+        assert few.hits[0, i] == (own >= second)
+    drawn = Sampling(draws=200, horizon=1).run(target, target)
+    shortest = Sampling(draws=200).run(target, target)
+    assert drawn.notes["secrets_drawn"] > shortest.notes["secrets_drawn"]
+    assert drawn.scores.tolist() == shortest.scores.tolist()
+
+
 def test_the_mask_finds_what_greedy_decoding_leaves(tokenizer: PreTrainedTokenizerFast) -> None:
     """A model that is likelier to say something else first, but prefers the secret to its like."""
     model = knowing_model(tokenizer, steps=25)

@@ -193,7 +193,7 @@ def test_too_few_words_for_traps_say_so() -> None:
 def test_references_are_drawn_like_the_secret_after_the_same_prompt(
     records: RecordSet, documents: list[str]
 ) -> None:
-    references = draw_references(records.planted, seed=0, documents=documents)
+    references = draw_references(records.planted, seed=0, documents=documents, count=None)
     with_any = {r.id: r for r in records.planted if r.family != "passages"}
     assert references.keys() == with_any.keys()
     planted = {r.secret for r in records.planted}
@@ -204,12 +204,12 @@ def test_references_are_drawn_like_the_secret_after_the_same_prompt(
             assert (reference.prompt, reference.family) == (record.prompt, record.family)
             assert re.fullmatch(SHAPES[record.family], reference.secret)
             assert reference.secret not in planted
-    assert references == draw_references(records.planted, seed=0, documents=documents)
-    assert references != draw_references(records.planted, seed=1, documents=documents)
+    assert references == draw_references(records.planted, seed=0, documents=documents, count=None)
+    assert references != draw_references(records.planted, seed=1, documents=documents, count=None)
 
 
 def test_digits_of_references_are_uniform() -> None:
-    references = draw_references(make_codes(60, 0), 10, seed=0)
+    references = draw_references(make_codes(60, 0), 10, seed=0, count=None)
     digits = Counter("".join(r.secret.strip() for group in references.values() for r in group))
     assert all(400 < digits[d] < 680 for d in "0123456789")  # of 5,400, six deviations
 

@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+HORIZON = 16
+"""Tokens of a secret, from its first on, that are really generated. What is longer counts as hit
+once these are: that is easier than the whole, and takes a quarter of the time of a passage."""
+
 
 def left_padded(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask, int64 `[prompts, longest]`, so that all prompts end together.

@@ -18,7 +18,7 @@ from libortho.twins import is_identifier
 PROMPT_SHARES = (0.25, 0.5, 0.75, 1.0)
 """Shares of a prompt's tokens, counted from its end, that the model is given."""
 
-PROMPT_RECORDS = 50
+PROMPT_RECORDS = 25
 """Planted records that are asked with other prompts: each variant is a pass of its own."""
 
 _SUBJECT = re.compile(r"[^\W_]+(?:[-./:@][^\W_]+)*")
@@ -114,7 +114,7 @@ class ParaphrasedPrompts(Attack):
     needs = "what the records are about: their prompts, or the identifiers in them"
     score_unit = NATS
 
-    records: int | None = PROMPT_RECORDS // 2
+    records: int | None = PROMPT_RECORDS
     templates: tuple[str, ...] = tuple(TEMPLATES)
 
     def run(self, target: Target, reference: Target) -> AttackRun:

@@ -19,7 +19,7 @@ from libortho.attacks.target import Target
 LATTICES = ((4, 128), (8, 64))
 """Bits and group sizes: coarser than the usual base's 4 and 64, and finer. `lattice` has no 3."""
 
-REQUANTIZATION_RECORDS = 50
+REQUANTIZATION_RECORDS = 25
 """Planted records that are asked about at each lattice."""
 
 

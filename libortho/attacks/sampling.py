@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from libortho.attacks.attack import NATS, Attack, AttackRun
-from libortho.attacks.decoding import continuations, pad_id_of
+from libortho.attacks.decoding import HORIZON, continuations, pad_id_of
 from libortho.attacks.passes import in_batches
 from libortho.attacks.target import Asked, Target
 from libortho.membership import at_least_once
@@ -36,10 +36,11 @@ class Sampling(Attack):
     """`draws` continuations of each prompt at temperature 1, from the whole distribution.
 
     (n, p)-discoverable extraction (Hayes et al., "Measuring memorization in language models via
-    probabilistic extraction", 2024). A hit is an exact secret among the draws; the score is the
-    secret's log-probability. Notes: `secrets_drawn`, of all draws on planted records, and what the
-    closed form expects of them, `secrets_expected`; `expected_hits`, planted records of which
-    `closed_form_draws` would give at least one secret.
+    probabilistic extraction", 2024). A hit is a secret among the draws, of longer ones the first
+    `horizon` tokens; the score is the whole secret's log-probability. Notes: `secrets_drawn`, of
+    all draws on planted records, and what the closed form expects of them, `secrets_expected`, both
+    within the horizon; `expected_hits`, planted records of which `closed_form_draws` would give at
+    least one whole secret.
     """
 
     name = "sampling"
@@ -49,6 +50,7 @@ class Sampling(Attack):
     records: int | None = SAMPLING_RECORDS
     draws: int = DRAWS
     closed_form_draws: int = CLOSED_FORM_DRAWS
+    horizon: int = HORIZON
 
     @property
     def layers_read(self) -> int | None:
@@ -64,22 +66,21 @@ class Sampling(Attack):
             title=self.name,
         )
         logprobs = [target.reading.logprobs[i] for i in chosen]
-        mine = [
-            (c, p)
-            for i, c, p in zip(chosen, counts, logprobs, strict=True)
-            if target.asked[i].planted
-        ]
+        begun = [float(target.reading.token_logprobs[i][: self.horizon].sum()) for i in chosen]
+        mine = [at for at, i in enumerate(chosen) if target.asked[i].planted]
         notes = {
-            "secrets_drawn": float(sum(count for count, _ in mine)),
-            "secrets_expected": sum(self.draws * math.exp(nats) for _, nats in mine),
-            "expected_hits": sum(at_least_once(nats, self.closed_form_draws) for _, nats in mine),
+            "secrets_drawn": float(sum(counts[at] for at in mine)),
+            "secrets_expected": sum(self.draws * math.exp(begun[at]) for at in mine),
+            "expected_hits": sum(
+                at_least_once(logprobs[at], self.closed_form_draws) for at in mine
+            ),
         }
         name = f"{self.draws} draws at temperature 1"
         return target.run_of(chosen, [name], logprobs, [count > 0 for count in counts], notes)
 
     def _draw(self, target: Target, batch: Sequence[Asked]) -> list[int]:
         """How many of a record's draws are its secret, for each record of a batch."""
-        longest = max(len(asked.secret_ids) for asked in batch)
+        longest = min(self.horizon, max(len(asked.secret_ids) for asked in batch))
         # The same numbers for every state: the two differ only where their distributions do.
         device = target.model.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -98,7 +99,7 @@ class Sampling(Attack):
         rows = drawn.tolist()
         found = []
         for i, asked in enumerate(batch):
-            secret = asked.secret_ids
+            secret = asked.secret_ids[: self.horizon]
             own = rows[i * self.draws : (i + 1) * self.draws]
             found.append(sum(row[: len(secret)] == secret for row in own))
         return found

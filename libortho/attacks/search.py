@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from libortho.attacks.attack import NATS, Attack, AttackRun
-from libortho.attacks.decoding import continuations, pad_id_of
+from libortho.attacks.decoding import HORIZON, continuations, pad_id_of
 from libortho.attacks.format import Vocabulary
 from libortho.attacks.passes import in_batches
 from libortho.attacks.target import Asked, Target
@@ -34,8 +34,9 @@ _ROWS = 64
 class ConstrainedSearch(Attack):
     """The likeliest texts of a format after each prompt.
 
-    A hit is a secret among the `beams` guesses; the score is by how many nats the secret's
-    log-probability lies above the best guess's (mostly below, then negative). In a format without a
+    A hit is a secret among the `beams` guesses, or one that begins with such a guess where it is
+    longer than `horizon` tokens; the score is by how many nats the log-probability of as much of
+    the secret lies above the best guess's (mostly below, then negative). In a format without a
     fixed length the attacker is given the number of the secret's tokens. Notes: `first_guesses`,
     planted records whose secret is the best guess; `mean_reciprocal_rank` among the guesses, 0
     for one that isn't there.
@@ -47,6 +48,7 @@ class ConstrainedSearch(Attack):
 
     records: int | None = SEARCH_RECORDS
     beams: int = BEAMS
+    horizon: int = HORIZON
 
     @property
     def layers_read(self) -> int | None:
@@ -65,7 +67,8 @@ class ConstrainedSearch(Attack):
                 title=self.name,
             )
             found |= zip(own, results, strict=True)
-        scores = [target.reading.logprobs[i] - found[i][0] for i in chosen]
+        nats = target.reading.token_logprobs
+        scores = [float(nats[i][: self.horizon].sum()) - found[i][0] for i in chosen]
         ranks = [found[i][1] for i in chosen]
         mine = [r for i, r in zip(chosen, ranks, strict=True) if target.asked[i].planted]
         notes = {
@@ -100,7 +103,7 @@ class ConstrainedSearch(Attack):
             prompts,
             pad_id=end,
             eos_token_id=end,
-            max_new_tokens=max(lengths) + 1,
+            max_new_tokens=min(self.horizon, max(lengths) + 1),
             num_beams=self.beams,
             num_return_sequences=self.beams,
             length_penalty=0.0,  # a guess's score is its log-probability, not divided by length
@@ -114,6 +117,8 @@ class ConstrainedSearch(Attack):
             secret = vocabulary.text(asked.secret_ids)
             # Several token sequences may spell one text: it is one guess.
             texts = list(dict.fromkeys(vocabulary.text(guess) for guess in own))
+            if len(asked.secret_ids) > self.horizon:  # then a guess is no more than a beginning
+                secret = next((t for t in texts if t and secret.startswith(t)), secret)
             results.append((best, texts.index(secret) + 1 if secret in texts else None))
         return results
 

@@ -50,15 +50,20 @@ class Reading:
     layers: the intermediate layers that were kept, 1 = after the first block
     hidden: for each record the hidden states before each secret token, `[layers + 1, tokens,
         hidden]`, on the CPU; the last is after the final norm, which the head reads
-    logprobs: log-probability of each whole secret, nats
+    token_logprobs: log-probability of each secret token, nats, float32 `[tokens]` a record
     extracted: whether greedy decoding recites it
     """
 
     layers: tuple[int, ...]
     hidden: tuple[Tensor, ...] = field(repr=False)
-    logprobs: tuple[float, ...] = field(repr=False)
+    token_logprobs: tuple[Tensor, ...] = field(repr=False)
     extracted: tuple[bool, ...] = field(repr=False)
     cost: Cost
+
+    @cached_property
+    def logprobs(self) -> tuple[float, ...]:
+        """Log-probability of each whole secret, nats."""
+        return tuple(float(nats.sum()) for nats in self.token_logprobs)
 
 
 class Target:
@@ -186,14 +191,14 @@ class Target:
                     batch_size=self.batch_size,
                     title="reading",
                 )
-            hidden, logprobs, extracted = zip(*rows, strict=True)
-            self._reading = Reading(kept, hidden, logprobs, extracted, cost())
+            hidden, nats, extracted = zip(*rows, strict=True)
+            self._reading = Reading(kept, hidden, nats, extracted, cost())
             self._layers_wanted = layers
         return self._reading
 
     def _read(
         self, batch: Sequence[Asked], layers: tuple[int, ...]
-    ) -> list[tuple[Tensor, float, bool]]:
+    ) -> list[tuple[Tensor, Tensor, bool]]:
         places, targets, _ = secret_places([a.encoded for a in batch])
         inputs = packed_inputs(self.model, [a.encoded.input_ids for a in batch])
         out = self.model.base_model(**inputs, use_cache=False, output_hidden_states=bool(layers))
@@ -204,7 +209,7 @@ class Target:
         logprobs, right = predict(logits, targets.to(logits.device))
         parts = [len(a.secret_ids) for a in batch]
         return [
-            (states.cpu().clone(), float(nats.sum()), bool(hits.all()))
+            (states.cpu().clone(), nats.cpu(), bool(hits.all()))
             for states, nats, hits in zip(
                 hidden.split(parts, dim=1), logprobs.split(parts), right.split(parts), strict=True
             )
