@@ -31,6 +31,7 @@ from bench.gpu_timings import bandwidth
 from bench.kernel_cases import Case
 from bench.kernel_compiler import Compiler
 from libortho.kernels.configs import default_config
+from libortho.kernels.op import rows_at_once
 
 CAP_GIB = 5.0
 """Memory that PyTorch may reserve where the cap is on: what a 6 GB card leaves."""
@@ -73,7 +74,8 @@ def kernels(geometry: str, dtype: str) -> list[Case]:
     for shape in few:
         case = Case(*shape, group_size=GROUP_SIZE, dtype=dtype).with_streams(DENSITY)
         cases.append(replace(case, config=default_config(case.shape, 1, *card).config))
-    dense = [Case(*shape, group_size=GROUP_SIZE, dtype=dtype) for shape in dict.fromkeys(many)]
+    parts = dict.fromkeys((rows_at_once(*shape), shape[1]) for shape in many)
+    dense = [Case(*part, group_size=GROUP_SIZE, dtype=dtype) for part in parts]
     return cases + [case.with_streams(DENSITY) for case in dense]
 
 

@@ -145,8 +145,9 @@ def activation_bytes(entry: ModelEntry, tokens: int) -> int:
 
 
 def composed_bytes(entry: ModelEntry, bits: int) -> int:
-    """Bytes of the largest matrix composed to 16 bits for a prompt; none without a lattice."""
-    return 0 if bits == NO_LATTICE else entry.hidden_size * entry.intermediate_size * 2
+    """Bytes of the largest matrix, or part of one, composed to 16 bits for a prompt."""
+    largest = entry.hidden_size * entry.intermediate_size
+    return 0 if bits == NO_LATTICE else min(PART_ELEMENTS, largest) * 2
 
 
 def logits_bytes(entry: ModelEntry, tokens: int, head_bits: int) -> int:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 from libortho import stream
 from libortho.config import NO_LATTICE
 from libortho.errors import ShapeError
+from libortho.kernels import op
 from libortho.lattice import PER_ROW, dequantize, quantize
 from libortho.linear import OrthoLinear
 from libortho.product import SPARSE_TOKENS
@@ -108,6 +112,31 @@ def test_the_layer_is_base_plus_residual_plus_alpha_private(
     torch.testing.assert_close(
         layer.public_weight(torch.float64), dense(layer, 0.0), rtol=1e-6, atol=1e-5
     )
+
+
+@some
+@given(layers(), alphas, st.integers(1, 400))
+def test_a_large_weight_is_never_whole(layer: OrthoLinear, alpha: float, elements: int) -> None:
+    layer.set_alpha(alpha)
+    x = inputs(layer, MANY)
+    whole = layer(x)
+    made: list[int] = []
+    with patch.object(op, "PART_ELEMENTS", elements), patch.object(op, "_dense", _counted(made)):
+        y = layer(x)
+    torch.testing.assert_close(y, whole, rtol=1e-6, atol=1e-5)
+    assert all(size <= max(elements, layer.in_features) for size in made)
+    assert bool(made) == (layer.bits != NO_LATTICE)
+
+
+def _counted(made: list[int]) -> Callable[..., Tensor]:
+    dense_of = op._dense
+
+    def counted(*arguments: Any) -> Tensor:
+        weight = dense_of(*arguments)
+        made.append(weight.numel())
+        return weight
+
+    return counted
 
 
 @some

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import replace
 
 import pytest
@@ -263,3 +264,23 @@ def test_the_environment_bounds_cublas_and_respects_the_user(
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     profiles.prepare_environment()
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:2:16:8"
+
+
+def test_the_allocators_segments_grow_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    monkeypatch.setattr(sys, "platform", "linux")
+    for name in names:  # both names count
+        for other in names:
+            monkeypatch.delenv(other, raising=False)
+        monkeypatch.setenv(name, "backend:native")
+        profiles.prepare_environment()
+        assert [os.environ.get(n) for n in names if os.environ.get(n)] == ["backend:native"]
+        monkeypatch.delenv(name)
+    profiles.prepare_environment()
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    monkeypatch.setattr(sys, "platform", "win32")
+    profiles.prepare_environment()
+    assert "PYTORCH_ALLOC_CONF" not in os.environ

@@ -22,8 +22,8 @@ from . import autotune, int4pack
 from .configs import Shape
 from .dispatch import choose, composer
 
-PART_ELEMENTS = 1 << 25
-"""Weights of a bare lattice that are dense at once: 64 MiB of them in 16 bits."""
+PART_ELEMENTS = 1 << 24
+"""Weights that are dense at once, 32 MiB in 16 bits: Llama 3 8B has no room for more in 6 GB."""
 
 _WEIGHT = (
     "Tensor packed, Tensor scales, Tensor zeros, Tensor residual_columns, Tensor residual_values, "
@@ -75,7 +75,7 @@ def _product(
         y += stream.multiply(full, *scaled(private, alpha))
         y = (y if bias is None else y + bias).to(x.dtype)
     else:
-        y = F.linear(x, _dense(lattice, residual, private, alpha, x.dtype), bias)
+        y = _by_parts(x, bias, lattice, residual, private, alpha)
     return y.reshape(shape)
 
 
@@ -143,30 +143,58 @@ def _lattice_product(
         # Any number will do for alpha, which scales nothing.
         config = autotune.config_for(lattice, x, nothing, nothing, scales)
         return decode(x, lattice, nothing, nothing, scales, bias, config).reshape(shape)
-    y = x.new_empty(tokens, packed.shape[0])
-    for rows, weight in dense_parts(lattice, x.dtype):
+    nothing = _no_stream(lattice)
+    return _by_parts(x, bias, lattice, nothing, nothing, scales.new_zeros(())).reshape(shape)
+
+
+def _by_parts(
+    x: Tensor,
+    bias: Tensor | None,
+    lattice: Lattice,
+    residual: tuple[Tensor, Tensor],
+    private: tuple[Tensor, Tensor],
+    alpha: Tensor,
+) -> Tensor:
+    """The product with dense weights, of which there is never more than a part at once."""
+    out_features = lattice.packed.shape[0]
+    if out_features * lattice.in_features <= PART_ELEMENTS:
+        return F.linear(x, _dense(lattice, residual, private, alpha, x.dtype), bias)
+    y = x.new_empty(x.shape[0], out_features)
+    for rows, part in row_parts(lattice):
+        streams = ((c[:, rows], v[:, rows]) for c, v in (residual, private))
+        weight = _dense(part, *(_whole(*stream) for stream in streams), alpha, x.dtype)
         y[:, rows] = F.linear(x, weight, None if bias is None else bias[rows])
-    return y.reshape(shape)
+    return y
 
 
 def dense_parts(lattice: Lattice, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """A lattice as dense rows, `[rows, in]` in `dtype`, some at a time; (which, the rows)."""
-    step = max(1, PART_ELEMENTS // lattice.in_features)
-    for start in range(0, lattice.packed.shape[0], step):
-        rows = slice(start, start + step)
-        part = dataclasses.replace(
-            lattice,
-            packed=lattice.packed[rows],
-            scales=lattice.scales[rows],
-            zeros=lattice.zeros[rows],
-        )
-        if composer(Shape.of(part), part.packed.device).name == "triton-compose":
-            from .compose import compose  # noqa: PLC0415 - imports Triton
+    """A lattice as dense rows, `[rows, in]` in `dtype`, a part at a time: (which, the rows)."""
+    for rows, part in row_parts(lattice):
+        nothing = _no_stream(part)
+        yield rows, _dense(part, nothing, nothing, part.scales.new_zeros(()), dtype)
 
-            nothing = _no_stream(part)
-            yield rows, compose(part, nothing, nothing, part.scales, dtype)
-        else:
-            yield rows, dequantize(part, dtype)
+
+def rows_at_once(out_features: int, in_features: int) -> int:
+    """Rows of a part: as many in each, if it can be, so that one kernel serves all."""
+    most = max(1, PART_ELEMENTS // in_features)
+    return -(-out_features // -(-out_features // most))
+
+
+def row_parts(lattice: Lattice) -> Iterator[tuple[slice, Lattice]]:
+    """A lattice in parts along its rows, each of `PART_ELEMENTS` weights at most: (rows, part)."""
+    out_features = lattice.packed.shape[0]
+    step = rows_at_once(out_features, lattice.in_features)
+    for start in range(0, out_features, step):
+        rows = slice(start, start + step)
+        yield (
+            rows,
+            dataclasses.replace(
+                lattice,
+                packed=lattice.packed[rows],
+                scales=lattice.scales[rows],
+                zeros=lattice.zeros[rows],
+            ),
+        )
 
 
 def _no_stream(lattice: Lattice) -> tuple[Tensor, Tensor]:
