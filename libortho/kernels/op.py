@@ -161,8 +161,8 @@ def _by_parts(
         return F.linear(x, _dense(lattice, residual, private, alpha, x.dtype), bias)
     y = x.new_empty(x.shape[0], out_features)
     for rows, part in row_parts(lattice):
-        streams = ((c[:, rows], v[:, rows]) for c, v in (residual, private))
-        weight = _dense(part, *(_whole(*stream) for stream in streams), alpha, x.dtype)
+        own_residual, own_private = (_whole(c[:, rows], v[:, rows]) for c, v in (residual, private))
+        weight = _dense(part, own_residual, own_private, alpha, x.dtype)
         y[:, rows] = F.linear(x, weight, None if bias is None else bias[rows])
     return y
 
