@@ -133,7 +133,7 @@ def _buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
     state = getattr(weight, "quant_state", None)  # bitsandbytes keeps its scales beside a weight
     while state is not None:
         found += [("absmax", state.absmax)]
-        state = state.state2
+        state = getattr(state, "state2", None)
     return found
 
 

@@ -13,10 +13,6 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-
-# Before CUDA starts: cuBLAS would take 32 MiB of the cap for a workspace.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
-
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,6 +28,7 @@ from bench.kernel_cases import Case
 from bench.kernel_compiler import Compiler
 from libortho.kernels.configs import default_config
 from libortho.kernels.op import rows_at_once
+from libortho.profiles import prepare_environment
 
 CAP_GIB = 5.0
 """Memory that PyTorch may reserve where the cap is on: what a 6 GB card leaves."""
@@ -100,6 +97,7 @@ def main() -> None:
     options = parser.parse_args()
     # Nothing that was tuned before may enter, and the platform's folder need not exist.
     os.environ["LIBORTHO_CACHE"] = tempfile.mkdtemp()
+    prepare_environment()
     on_card = options.device == "cuda"
     device = torch.device("cuda", 0) if on_card else torch.device("cpu")
     conditions = Conditions(
