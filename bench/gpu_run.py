@@ -10,6 +10,7 @@ import json
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -55,6 +56,7 @@ class Run:
             measure(self, found)
         except Exception as error:
             found["failed"] = f"{type(error).__name__}: {error}"[:2000]
+            found["traceback"] = traceback.format_exc()[-4000:]
             self.lines.append(f"{name}: FAILED {type(error).__name__}: {str(error)[:300]}")
         self.found["section_seconds"][name] = round(time.monotonic() - began, 1)
         self.write()

@@ -22,6 +22,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import nullcontext
 from copy import copy, deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -284,7 +285,12 @@ def capture(
     # Other threads may go on with their own work on the card.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = forward()
-    return graph.replay, result
+    return partial(_replay, graph, forward), result
+
+
+def _replay(graph: torch.cuda.CUDAGraph, _reads: object) -> None:
+    """`_reads` holds the tensors that the graph reads: without it their memory is given away."""
+    graph.replay()
 
 
 def _tensors(inputs: dict[str, Any]) -> list[Tensor]:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -69,6 +73,36 @@ def plainly(model: Model, prompt: torch.Tensor = PROMPT, **options: Any) -> torc
 
 def loop(model: Model) -> GreedyLoop:
     return GreedyLoop(model.get_compiled_call.__self__)
+
+
+def test_what_a_graph_reads_lives_as_long_as_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph knows addresses only: a tensor that nothing else holds would be given away."""
+    replayed: list[int] = []
+    graph = SimpleNamespace(replay=lambda: replayed.append(1))
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, stand_in in {
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda given: nullcontext(),
+        "CUDAGraph": lambda: graph,
+        "graph": lambda *_, **__: nullcontext(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+
+    def captured() -> tuple[Callable[[], None], weakref.ref[torch.Tensor]]:
+        read = torch.arange(3)
+        replay, result = decoding.capture(lambda: read + 1, lambda: None)
+        assert result.tolist() == [1, 2, 3]
+        return replay, weakref.ref(read)
+
+    replay, read = captured()
+    gc.collect()
+    replay()
+    assert replayed == [1]
+    assert read() is not None
+    del replay
+    gc.collect()
+    assert read() is None
 
 
 @pytest.mark.parametrize("end", [None, [11, 250]])
