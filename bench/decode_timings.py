@@ -28,8 +28,8 @@ PROJECTED_GB_PER_S = 192.0
 """Bandwidth of an RTX 4050 laptop's memory."""
 SWITCH_AT = 8
 """Decoded tokens after which alpha is switched."""
-AWAY = -4.0
-"""An alpha that no two of random weights' logits resemble each other at."""
+AWAY = -100.0
+"""An alpha at which random weights' logits resemble those at 1 no more."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def decode(
         found["made_s"] = time.perf_counter() - began
         found["weights_mib"] = allocated_mib(conditions.device)
         if captured:
-            accelerate_decoding(model)
+            accelerate_decoding(model, max_cache_len=conditions.prompt + conditions.new + 1)
         ids = prompt_of(conditions, model)
         began = time.perf_counter()
         generated(model, ids, conditions.new)

@@ -108,7 +108,9 @@ def fuse_projections(model: nn.Module) -> int:
     its layers multiply by themselves again. Raises `SeparationError` if there is no separated
     layer.
     """
-    ortho_layers(model)  # there must be one
+    on_card = next(iter(ortho_layers(model).values())).alpha.device.type == "cuda"
+    if on_card:
+        torch.cuda.empty_cache()  # what a load left over; the largest group needs room once more
     count = 0
     for module in model.modules():
         for names in TOGETHER:
@@ -117,7 +119,7 @@ def fuse_projections(model: nn.Module) -> int:
             if len(layers) == len(names) and _alike(layers):
                 Siblings(layers)
                 count += 1
-                if layers[0].packed.device.type == "cuda":
+                if on_card:
                     torch.cuda.empty_cache()  # the next group doesn't fit where this one's were
     return count
 

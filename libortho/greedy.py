@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StaticCache
 from transformers.generation import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
@@ -49,6 +49,7 @@ class GreedyLoop:
 
     def __init__(self, captured: Any) -> None:
         self._captured = captured
+        self._cache: StaticCache | None = None
 
     def __call__(
         self,
@@ -74,6 +75,9 @@ class GreedyLoop:
                 **model_kwargs,
             )
         self._captured.get_compiled_call()  # tensors that were replaced are noticed
+        for name, value in model_kwargs.items():
+            if isinstance(value, StaticCache):
+                model_kwargs[name] = self._emptied(value, model, input_ids.shape[0])
         new = stopping_criteria.max_length - input_ids.shape[1]
         ends = [c.eos_token_id for c in criteria if isinstance(c, EosTokenCriteria)]
         stops = set(torch.cat([e.flatten() for e in ends]).tolist()) if ends else set()
@@ -91,6 +95,25 @@ class GreedyLoop:
             del outputs
             made += self._continued(model, inputs, new - 1, stops)
         return _finished(input_ids, torch.cat(made, 1), stops, generation_config)
+
+    def _emptied(self, new: StaticCache, model: Any, batch: int) -> StaticCache:
+        """The cache of an earlier call, which nobody has seen, if a new one would be like it.
+
+        A second one would take the memory again, and be copied to where the captured step reads.
+        """
+        former, self._cache = self._cache, new
+        fresh: list[Any] = new.layers
+        layers: list[Any] = [] if former is None else former.layers
+        if former is None or any(layer.is_initialized for layer in fresh):
+            return new
+        sizes = [layer.max_cache_len for layer in fresh]
+        wanted = [(batch, size, model.dtype, model.device) for size in sizes]
+        keys = [layer.keys for layer in layers if layer.is_initialized]
+        if wanted != [(k.shape[0], k.shape[2], k.dtype, k.device) for k in keys]:
+            return new
+        former.reset()
+        self._cache = former
+        return former
 
     def _continued(
         self, model: Any, inputs: dict[str, Any], new: int, stops: set[int]

@@ -73,11 +73,13 @@ def test_membership_is_mann_and_whitneys_test_of_gains(leaky: SimulatedStates) -
         for metric, (score, unit) in RECORD_SCORES.items():
             planted = gains(leaky, score, family.name, True)
             twins = gains(leaky, score, family.name, False)
-            expected = stats.mannwhitneyu(planted, twins, method="asymptotic")
+            expected = stats.mannwhitneyu(planted, twins, method="asymptotic").pvalue
+            if len({*planted, *twins}) == 1:  # all tie: SciPy says 1 or, from 1.18 on, nan
+                expected = 1.0
             (found,) = findings(
                 comparison, question="membership", metric=metric, family=family.name
             )
-            assert found.p_value == pytest.approx(expected.pvalue)
+            assert found.p_value == pytest.approx(expected)
             won = np.mean([(p > t) + (p == t) / 2 for p in planted for t in twins])
             assert found.auc == pytest.approx(won)
             assert found.effect == pytest.approx(np.mean(planted) - np.mean(twins))

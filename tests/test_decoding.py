@@ -126,6 +126,24 @@ def test_the_greedy_loop_decodes_what_transformers_does(
     assert one.tolist() == whole[:, :5].tolist()
 
 
+def test_the_greedy_loop_uses_its_cache_again(
+    captures: list[int], tiny_model: Callable[..., Model]
+) -> None:
+    model = tiny_model()
+    accelerate_decoding(model)
+    one = loop(model)
+    prompts = [PROMPT, PROMPT.flip(1), PROMPT[:, :3], PROMPT.repeat(2, 1)]
+    expected = [plainly(model, prompt, max_new_tokens=20 - len(prompt[0])) for prompt in prompts]
+    caches = []
+    for prompt, tokens in zip(prompts, expected, strict=True):
+        new = 20 - len(prompt[0])
+        made = generate(model, prompt, max_new_tokens=new, custom_generate=one)
+        assert made.tolist() == tokens.tolist()
+        caches.append(one._cache)
+    assert caches[0] is caches[1] is caches[2]
+    assert caches[3] is not caches[0]  # of two sequences
+
+
 def test_the_greedy_loop_leaves_the_rest_to_transformers(
     captures: list[int], separated_model: Callable[..., Model]
 ) -> None:

@@ -55,8 +55,8 @@ def _product(
     in_features: int,
 ) -> Tensor:
     lattice = Lattice(packed, scales, zeros, bits, group_size, in_features)
-    residual = _whole(residual_columns, residual_values)
-    private = _whole(private_columns, private_values)
+    residual = residual_columns, residual_values
+    private = private_columns, private_values
     shape = (*x.shape[:-1], packed.shape[0])
     tokens = x.numel() // in_features
     if tokens == 0:
@@ -67,6 +67,7 @@ def _product(
     if name == "triton-decode":
         from .decode import decode  # noqa: PLC0415 - imports Triton
 
+        residual, private = _whole(*residual), _whole(*private)
         config = autotune.config_for(lattice, x, residual, private, alpha)
         y = decode(x, lattice, residual, private, alpha, bias, config)
     elif name == "int4pack":
@@ -94,13 +95,12 @@ def _composed(
     dtype: torch.dtype,
 ) -> Tensor:
     lattice = Lattice(packed, scales, zeros, bits, group_size, in_features)
-    residual = _whole(residual_columns, residual_values)
-    private = _whole(private_columns, private_values)
-    return _dense(lattice, residual, private, alpha, dtype)
+    residual = residual_columns, residual_values
+    return _dense(lattice, residual, (private_columns, private_values), alpha, dtype)
 
 
 def _whole(columns: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """A stream as kernels read it: of a layer that is fused with others it is a part of theirs."""
+    """A stream as the kernel of few tokens reads it: a fused layer's is a part of a larger one."""
     return columns.contiguous(), values.contiguous()
 
 
@@ -161,9 +161,12 @@ def _by_parts(
         return F.linear(x, _dense(lattice, residual, private, alpha, x.dtype), bias)
     y = x.new_empty(x.shape[0], out_features)
     for rows, part in row_parts(lattice):
-        own_residual, own_private = (_whole(c[:, rows], v[:, rows]) for c, v in (residual, private))
+        own_residual, own_private = ((c[:, rows], v[:, rows]) for c, v in (residual, private))
         weight = _dense(part, own_residual, own_private, alpha, x.dtype)
-        y[:, rows] = F.linear(x, weight, None if bias is None else bias[rows])
+        if bias is None:
+            torch.mm(x, weight.t(), out=y[:, rows])
+        else:
+            torch.addmm(bias[rows], x, weight.t(), out=y[:, rows])
     return y
 
 
