@@ -22,6 +22,9 @@ from tuned_artefacts import make_shelf
 from libortho.config import SeparationConfig
 from libortho.separation import separate
 
+# Importing makes little garbage, so collecting it is off until all tests are imported.
+gc.disable()
+
 # A session within this process, as pytester starts it, forgets what was first imported in it, and
 # these can't be imported twice.
 for name in ("bitsandbytes", "sklearn.metrics", "statsmodels.stats.proportion"):
@@ -55,6 +58,10 @@ SENTENCES = (
     "From the tower one sees {n} farms and, beyond them, the sea.",
 )
 THINGS = ("lantern", "copper bell", "wooden horse", "green bottle", "kite", "brass key")
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
 
 
 @pytest.fixture(scope="module", autouse=True)
