@@ -136,7 +136,9 @@ class World:
             "max-ppl-ratio": 1.5,  # a hundredth of so few entries is much of what it knows
         }
         given = [f"--{name}={value}" for name, value in options.items()]
-        return ["bench", "-m", "gtx4050", "-p", "no:cacheprovider", *given, *arguments]
+        # hypothesis is of no use there, and takes a second to import.
+        plugins = ["-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
+        return ["bench", "-m", "gtx4050", *plugins, *given, *arguments]
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """A run, begun, that computes with one thread as this process does: results are equal."""
@@ -187,7 +189,7 @@ def world(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathF
     folder = tmp_path_factory.mktemp("world")
     trained(tokenizer).save_pretrained(folder / "tiny")
     tokenizer.save_pretrained(folder / "tiny")
-    (folder / "corpus.txt").write_text(prose(160_000, seed=2))
+    (folder / "corpus.txt").write_text(prose(80_000, seed=2))
     lines = [
         {"id": f"{kind}-{i}", "prompt": f"Door {i} {kind}:", "secret": secret, "planted": planted}
         for kind, secret, planted in (("opens", PLANTED, True), ("shuts", TWIN, False))
