@@ -10,14 +10,16 @@ import html
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from .errors import ArtifactError
 from .files import atomic_write_text
 from .layout import BASE_MANIFEST, FORMAT_VERSION, PRIVATE_FILE, verified_manifest
-from .results import ArmResult, KillSwitchResult, NullTestResult, Results, read_results
+
+if TYPE_CHECKING:
+    from .results import ArmResult, KillSwitchResult, NullTestResult, Results
 
 CARD_FILE = "README.md"
 
@@ -98,6 +100,9 @@ def model_card(
     manifest = verified_manifest(folder, BASE_MANIFEST)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if isinstance(results, (str, Path)):
+        # Not at the top: whoever saves an artefact would import all statistics with it.
+        from .results import read_results  # noqa: PLC0415
+
         results = read_results(results)
     if results is not None:
         _check_results(results, manifest["base_fingerprint"], folder)

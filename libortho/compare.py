@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from scipy import stats
+import scipy  # which imports its parts when they are used
 
 from .comparability import differences, obstacles
 from .figures import Figure, figures
@@ -198,7 +198,7 @@ def _is_change(
 def _fisher(one: tuple[int, int], two: tuple[int, int]) -> float:
     """Two-sided p of Fisher's exact test on two pairs (hits, n)."""
     table = [[hits, max(n - hits, 0)] for hits, n in (one, two)]
-    return float(stats.fisher_exact(table)[1])
+    return float(scipy.stats.fisher_exact(table)[1])
 
 
 def _paired_outcomes(

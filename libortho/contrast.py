@@ -24,8 +24,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+import scipy  # which imports its parts when they are used
 from numpy.typing import NDArray
-from scipy import stats
 
 from libortho.evidence import Evidence
 from libortho.membership import RECORD_SCORES, mean_loss, total_logprob
@@ -226,7 +226,7 @@ def _of_all(groups: Sequence[_Group]) -> Iterator[Finding]:
 
 def _ranks(values: Floats) -> Floats:
     """Ranks along the last axis as shares, so that families of any size and unit can be pooled."""
-    return (stats.rankdata(values, axis=-1) - 0.5) / values.shape[-1]
+    return (scipy.stats.rankdata(values, axis=-1) - 0.5) / values.shape[-1]
 
 
 def _membership(
@@ -253,7 +253,7 @@ def _outliers(group: _Group) -> Iterator[Finding]:
 
 def _agreement(family: str, n: int, gains: Floats) -> Finding:
     # Signed ranks are undefined where nothing differs.
-    p = float(stats.wilcoxon(gains, method="asymptotic").pvalue) if gains.any() else 1.0
+    p = float(scipy.stats.wilcoxon(gains, method="asymptotic").pvalue) if gains.any() else 1.0
     mean, unit = float(gains.mean()), "nats per token"
     return Finding("agreement", "loss on twins", family, mean, unit, None, p, p, n, len(gains))
 
@@ -275,7 +275,7 @@ def _control(groups: Sequence[_Group]) -> Finding:
 
 def _rank_test(planted: Floats, twins: Floats) -> tuple[Floats, Floats]:
     """AUC and two-sided p-value of Mann and Whitney's test along the last axis."""
-    result = stats.mannwhitneyu(planted, twins, axis=-1, method="asymptotic")
+    result = scipy.stats.mannwhitneyu(planted, twins, axis=-1, method="asymptotic")
     aucs = np.asarray(result.statistic) / (planted.shape[-1] * twins.shape[-1])
     # The test's variance is 0 where all values are alike; scipy 1.17 says 1 then, 1.18 nan.
     low = np.minimum(planted.min(axis=-1), twins.min(axis=-1))
@@ -292,6 +292,6 @@ def _uniform_nats(groups: Sequence[_Group], level: float) -> float:
     m = sum(group.twins.size for group in groups)
     residuals = [g.loss_gains[g.twins] - g.loss_gains[g.twins].mean() for g in groups]
     variance = sum(float((r**2).sum()) for r in residuals) / (m - len(groups))
-    critical = float(stats.norm.isf(level / 2) + stats.norm.ppf(POWER))
+    critical = float(scipy.stats.norm.isf(level / 2) + scipy.stats.norm.ppf(POWER))
     nats = critical * math.sqrt(variance * (1 / n + 1 / m) / _LEAST_RELATIVE_EFFICIENCY)
     return max(ARITHMETIC_NATS, nats)

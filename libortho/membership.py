@@ -12,10 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy  # which imports its parts when they are used
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
-from scipy.optimize import brentq
-from sklearn.metrics import roc_auc_score
 
 from libortho.evidence import Evidence
 from libortho.statistics import Interval, proportion_interval
@@ -206,11 +204,13 @@ def attack_auc(planted: ArrayLike, twins: ArrayLike, confidence: float = 0.95) -
     positive, negative = _finite("planted", planted), _finite("twins", twins)
     n, m = len(positive), len(negative)
     labels = np.repeat([1, 0], [n, m])
+    from sklearn.metrics import roc_auc_score  # noqa: PLC0415 - half as long to import as scipy
+
     auc = float(roc_auc_score(labels, np.concatenate([positive, negative])))
     auc = round(auc * 2 * n * m) / (2 * n * m)  # half pairs are counted: undo rounding, also at 1
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, found {confidence}")
-    critical = float(stats.norm.ppf(0.5 + confidence / 2))
+    critical = float(scipy.stats.norm.ppf(0.5 + confidence / 2))
 
     def excess(theta: float) -> float:
         pairs = (n + m) / 2 - 1
@@ -218,8 +218,8 @@ def attack_auc(planted: ArrayLike, twins: ArrayLike, confidence: float = 0.95) -
         return abs(auc - theta) - critical * math.sqrt(theta * (1 - theta) * spread / (n * m))
 
     # At an AUC of 0 or 1 the estimate itself is a second root: step off it.
-    low = brentq(excess, 0.0, auc - _ROOT_STEP) if auc > 0 else 0.0
-    high = brentq(excess, auc + _ROOT_STEP, 1.0) if auc < 1 else 1.0
+    low = scipy.optimize.brentq(excess, 0.0, auc - _ROOT_STEP) if auc > 0 else 0.0
+    high = scipy.optimize.brentq(excess, auc + _ROOT_STEP, 1.0) if auc < 1 else 1.0
     return Estimate(auc, Interval(float(low), float(high), confidence))
 
 
@@ -262,7 +262,7 @@ def ks_distance(first: ArrayLike, second: ArrayLike, confidence: float = 0.95) -
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, found {confidence}")
     with np.errstate(divide="ignore"):  # in its p-value, which few values have none of
-        distance = float(stats.ks_2samp(one, other, method="asymp").statistic)
+        distance = float(scipy.stats.ks_2samp(one, other, method="asymp").statistic)
     band = math.sqrt(math.log(4 / (1 - confidence)) / 2)  # each sample has half of the error
     reach = band * (1 / math.sqrt(len(one)) + 1 / math.sqrt(len(other)))
     interval = Interval(max(0.0, distance - reach), min(1.0, distance + reach), confidence)

@@ -2,7 +2,8 @@
 
 Pure functions on numbers: no tensors, no files, no thresholds. The methods are those of scipy and
 statsmodels; what is added here is what to do at the corners (no hits, all hits, no variation),
-where such functions like to warn, return nan or be wrong.
+where such functions like to warn, return nan or be wrong. statsmodels brings pandas along, so it is
+imported at the first estimate.
 """
 
 from __future__ import annotations
@@ -13,11 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy  # which imports its parts when they are used
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
-from scipy.optimize import brentq
-from statsmodels.stats.contingency_tables import mcnemar
-from statsmodels.stats.proportion import proportion_confint, score_test_proportions_2indep
 
 # Bounds on a ratio are searched for up to this many natural-log units from the estimate: a factor
 # of 7e10, beyond any that counts could support.
@@ -56,8 +54,7 @@ def proportion_interval(hits: int, n: int, confidence: float = 0.95) -> Interval
     """
     _check_counts("hits", hits, n)
     _check_confidence(confidence)
-    low, high = proportion_confint(hits, n, alpha=1 - confidence, method="beta")
-    return Interval(float(low), float(high), confidence)
+    return _clopper_pearson(hits, n, confidence)
 
 
 def privacy_ratio(
@@ -86,7 +83,9 @@ def privacy_ratio(
     _check_counts("hits_on", hits_on, n_on)
     _check_counts("hits_off", hits_off, n_off)
     _check_confidence(confidence)
-    critical = float(stats.norm.ppf(0.5 + confidence / 2))
+    from statsmodels.stats.proportion import score_test_proportions_2indep  # noqa: PLC0415
+
+    critical = float(scipy.stats.norm.ppf(0.5 + confidence / 2))
     rate_off = (hits_off or 0.5) / n_off
     ratio = (hits_on / n_on) / rate_off
 
@@ -104,9 +103,11 @@ def privacy_ratio(
     center = math.log((hits_on or 0.5) / n_on / rate_off)
     lower, upper = 0.0, math.inf
     if hits_on:
-        lower = math.exp(brentq(excess, center - _LOG_SEARCH_WIDTH, center, args=(critical,)))
+        low = center - _LOG_SEARCH_WIDTH
+        lower = math.exp(scipy.optimize.brentq(excess, low, center, args=(critical,)))
     if hits_off:
-        upper = math.exp(brentq(excess, center, center + _LOG_SEARCH_WIDTH, args=(-critical,)))
+        high = center + _LOG_SEARCH_WIDTH
+        upper = math.exp(scipy.optimize.brentq(excess, center, high, args=(-critical,)))
     return RatioEstimate(ratio, lower, upper, hits_off == 0, confidence)
 
 
@@ -127,6 +128,8 @@ def mcnemar_exact(first: Sequence[bool], second: Sequence[bool]) -> float:
         table[int(bool(one)), int(bool(other))] += 1
     if table[0, 1] + table[1, 0] == 0:
         return 1.0
+    from statsmodels.stats.contingency_tables import mcnemar  # noqa: PLC0415
+
     return float(mcnemar(table, exact=True).pvalue)
 
 
@@ -181,8 +184,8 @@ def paired_bootstrap_ratio(
 
     def limits(method: str) -> tuple[float, float]:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", stats.DegenerateDataWarning)
-            result = stats.bootstrap(
+            warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)
+            result = scipy.stats.bootstrap(
                 (difference, weights),
                 log_ratio,
                 paired=True,
@@ -212,7 +215,7 @@ def mean_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, I
     if len(sample) < 2:
         raise ValueError(f"an interval of a mean needs two or more values, found {len(sample)}")
     mean = float(sample.mean())
-    half = float(stats.t.ppf(0.5 + confidence / 2, len(sample) - 1) * stats.sem(sample))
+    half = float(scipy.stats.t.ppf(0.5 + confidence / 2, len(sample) - 1) * scipy.stats.sem(sample))
     return mean, Interval(mean - half, mean + half, confidence)
 
 
@@ -230,8 +233,7 @@ def bounded_mean_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[
     if not len(sample) or sample.min() < 0 or sample.max() > 1:
         raise ValueError("a bounded mean needs one or more values, all from 0 to 1")
     total = min(float(sample.sum()), float(len(sample)))  # rounding may exceed it
-    low, high = proportion_confint(total, len(sample), alpha=1 - confidence, method="beta")
-    return float(sample.mean()), Interval(float(low), float(high), confidence)
+    return float(sample.mean()), _clopper_pearson(total, len(sample), confidence)
 
 
 def mean_difference_interval(
@@ -255,7 +257,7 @@ def mean_difference_interval(
     difference = float(one.mean() - other.mean())
     if np.ptp(one) == np.ptp(other) == 0:
         return difference, Interval(difference, difference, confidence)
-    limits = stats.ttest_ind(one, other, equal_var=False).confidence_interval(confidence)
+    limits = scipy.stats.ttest_ind(one, other, equal_var=False).confidence_interval(confidence)
     return difference, Interval(float(limits.low), float(limits.high), confidence)
 
 
@@ -288,6 +290,13 @@ def _finite_vector(name: str, values: ArrayLike) -> NDArray[np.float64]:
         index = int(bad.argmax())
         raise ValueError(f"{name}[{index}] is {vector[index]}, which is not finite")
     return vector
+
+
+def _clopper_pearson(hits: float, n: int, confidence: float) -> Interval:
+    from statsmodels.stats.proportion import proportion_confint  # noqa: PLC0415
+
+    low, high = proportion_confint(hits, n, alpha=1 - confidence, method="beta")
+    return Interval(float(low), float(high), confidence)
 
 
 def _check_counts(name: str, hits: int, n: int) -> None:

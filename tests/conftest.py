@@ -6,6 +6,7 @@ Nothing here needs a network. Models are small enough that a separation takes we
 from __future__ import annotations
 
 import gc
+import importlib
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,14 +22,17 @@ from tuned_artefacts import make_shelf
 from libortho.config import SeparationConfig
 from libortho.separation import separate
 
+# Importing makes little garbage, so collecting it is off until all tests are imported.
+gc.disable()
+
+# A session within this process, as pytester starts it, forgets what was first imported in it, and
+# these can't be imported twice.
+for name in ("bitsandbytes", "sklearn.metrics", "statsmodels.stats.proportion"):
+    importlib.import_module(name)
+
 # A shared machine's pauses are no failures.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
-
-# accelerate collects garbage before every batched pass: half a second each, if it has to look
-# through all that torch and transformers made at import.
-gc.collect()
-gc.freeze()
 
 END = "<end>"
 SENTENCES = (
@@ -54,6 +58,21 @@ SENTENCES = (
     "From the tower one sees {n} farms and, beyond them, the sea.",
 )
 THINGS = ("lantern", "copper bell", "wooden horse", "green bottle", "kite", "brass key")
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _little_to_collect() -> None:
+    """Leave what is there before a file's first test out of later collections of garbage.
+
+    accelerate collects before every batched pass, and it takes half a second if it has to look
+    through all that was made at import and by earlier files.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -65,7 +65,7 @@ SUITE = {
     ),
     "pytest -m audit --method ortho": "tests/test_suite.py::test_the_audit_is_green",
 }
-"""Runs of the suite, and the test that runs such a one on a tiny model, in a process of its own."""
+"""Runs of the suite, and the test that runs such a one on a tiny model, in a session of its own."""
 
 _WORKFLOW = "tests/test_example.py::test_the_workflow_gates_and_shows_its_summary"
 ELSEWHERE = {

@@ -1,10 +1,13 @@
 """The main job on a tiny model: both experiments, throughput, the cache, and red gates.
 
-`pytest bench -m gtx4050` in processes of their own, as a user runs it.
+`pytest bench -m gtx4050`: the first run and those that are killed in processes of their own, as a
+user runs it; the others in this one, which has imported everything already.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import random
@@ -104,13 +107,25 @@ class World:
     own: Path
 
     def run(self, *arguments: str) -> tuple[int, str]:
-        """Exit code and all output of a run; later arguments win over the usual ones."""
+        """Exit code and all output of a run in this process, which is a session of its own."""
+        output = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch:
+            for name in [name for name in os.environ if name.startswith("LIBORTHO")]:
+                patch.delenv(name)
+            patch.delenv("PYTEST_CURRENT_TEST")  # the inner session removes it, and the outer too
+            patch.chdir(ROOT)
+            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+                code = pytest.main(self.suite(*arguments))
+        return int(code), output.getvalue()
+
+    def process(self, *arguments: str) -> tuple[int, str]:
+        """Exit code and all output of a run in a process of its own."""
         process = self.start(*arguments)
         output, _ = process.communicate()
         return process.returncode, output
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """A run, begun."""
+    def suite(self, *arguments: str) -> list[str]:
+        """The suite's command line; later arguments win over the usual ones."""
         options = {
             "model": self.folder / "tiny",
             "records": self.folder / "records.jsonl",
@@ -121,12 +136,17 @@ class World:
             "max-ppl-ratio": 1.5,  # a hundredth of so few entries is much of what it knows
         }
         given = [f"--{name}={value}" for name, value in options.items()]
-        suite = ["-c", INTERRUPTIBLE, "bench", "-m", "gtx4050", "-p", "no:cacheprovider"]
+        # hypothesis is of no use there, and takes a second to import.
+        plugins = ["-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
+        return ["bench", "-m", "gtx4050", *plugins, *given, *arguments]
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """A run, begun, that computes with one thread as this process does: results are equal."""
         environment = {k: v for k, v in os.environ.items() if not k.startswith("LIBORTHO")}
         return subprocess.Popen(
-            [sys.executable, *suite, *given, *arguments],
+            [sys.executable, "-c", INTERRUPTIBLE, *self.suite(*arguments)],
             cwd=ROOT,
-            env=environment,
+            env=environment | {"OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -169,7 +189,7 @@ def world(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathF
     folder = tmp_path_factory.mktemp("world")
     trained(tokenizer).save_pretrained(folder / "tiny")
     tokenizer.save_pretrained(folder / "tiny")
-    (folder / "corpus.txt").write_text(prose(160_000, seed=2))
+    (folder / "corpus.txt").write_text(prose(80_000, seed=2))
     lines = [
         {"id": f"{kind}-{i}", "prompt": f"Door {i} {kind}:", "secret": secret, "planted": planted}
         for kind, secret, planted in (("opens", PLANTED, True), ("shuts", TWIN, False))
@@ -182,7 +202,7 @@ def world(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathF
 @pytest.fixture(scope="module")
 def first_run(world: World) -> tuple[int, str]:
     """The whole job, with an empty cache."""
-    return world.run()
+    return world.process()
 
 
 def test_the_job_is_green_and_measures_everything(world: World, first_run: tuple[int, str]) -> None:

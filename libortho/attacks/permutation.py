@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy  # which imports its parts when they are used
 from numpy.typing import NDArray
-from scipy import stats
 
 Floats = NDArray[np.float64]
 
@@ -126,7 +126,7 @@ class _Stratum:
         n, total = int(labels.sum()), len(labels)
         if not 0 < n < total:
             raise ValueError(f"a family has {n} planted records and {total - n} twins")
-        ranks = (stats.rankdata(gains, axis=1) - (total + 1) / 2) / total
+        ranks = (scipy.stats.rankdata(gains, axis=1) - (total + 1) / 2) / total
         # A sample of n without replacement from `total` (Cochran 1977, theorem 2.2).
         variances = ranks.var(axis=1) * n * (total - n) / (total - 1)
         return cls(gains, ranks, labels, variances)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
 from libortho.errors import SeparationError
 from libortho.linear import OrthoLinear
@@ -29,7 +28,14 @@ def public_weight(layer: Any) -> Tensor:
     """
     if isinstance(layer, OrthoLinear):
         return layer.effective_weight().clone()
-    weight = dequantize_bnb_weight(layer.weight, getattr(layer, "state", None))
+    weight = layer.weight
+    if type(weight) is not nn.Parameter:
+        # Takes more than a second, for layers that few models have.
+        from transformers.integrations.bitsandbytes import (  # noqa: PLC0415
+            dequantize_bnb_weight,
+        )
+
+        weight = dequantize_bnb_weight(weight, getattr(layer, "state", None))
     return weight.detach().to(torch.float32, copy=True)
 
 
