@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -70,7 +71,28 @@ def load_peer(
             f"the {peer} peer can't be loaded on {device}: {type(error).__name__}: "
             f"{' '.join(str(error).split())[:300]}"
         ) from error
+    quantised: Any
+    for quantised in model.modules():
+        if hasattr(quantised, "support_avx512bf16_for_cpu"):
+            quantised.support_avx512bf16_for_cpu = False  # see `unpacked`
     return model.eval()
+
+
+def unpacked(weight: Any) -> Tensor:
+    """A weight in bitsandbytes' 4 bits as plain numbers, `[out, in]`, in its own dtype.
+
+    On a CPU with AVX512-BF16 the first call of a layer lays its weight out anew and rounds the
+    scales to bfloat16: what is stored then depends on the machine and on whether it has run, and a
+    model's fingerprint with it. Peers that `load_peer` loads are kept from that; a model that comes
+    from elsewhere may be laid out so.
+    """
+    import bitsandbytes as bnb  # noqa: PLC0415  (optional)
+
+    data, state = weight.data, weight.quant_state
+    if getattr(state, "packing_format_for_cpu", False):
+        data, state = bnb.functional._convert_weight_packed_for_cpu_inverse(data, copy(state))
+    plain: Tensor = bnb.functional.dequantize_4bit(data, state)
+    return plain
 
 
 @contextmanager
@@ -97,8 +119,7 @@ def dequantized_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[nn.Mod
     packed = {n: m for n, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
     try:
         for name, module in packed.items():
-            quantised: Any = module.weight
-            weight = bnb.functional.dequantize_4bit(quantised.data, quantised.quant_state)
+            weight = unpacked(module.weight)
             linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
             linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
             linear.bias = module.bias

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 import torch.nn.functional as F
@@ -239,6 +242,26 @@ def test_unpacked_nf4_is_what_bitsandbytes_multiplies_with(
             unpacked = model(input_ids=torch.arange(1, 20)[None]).logits
         torch.testing.assert_close(unpacked, expected, rtol=1e-5, atol=1e-5)
         assert (fingerprint(model), peers.bits_per_peer_weight(model)) == (before, packed)
+
+
+def test_nf4_that_a_cpu_laid_out_anew_is_unpacked_too(
+    tiny_model: Factory, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """As bitsandbytes does at the first call on a CPU with AVX512-BF16: it can be done on any."""
+    folder = stored(tiny_model(hidden_size=64, intermediate_size=128), tokenizer, tmp_path / "w")
+    resolved = resolve_model(folder, tmp_path / "cache")
+    model = load_peer(resolved, "nf4", dtype=torch.float32, device="cpu")
+    layer = model.model.layers[0].mlp.gate_proj
+    before = peers.unpacked(layer.weight)
+    fresh = copy.copy(layer.weight.quant_state)
+    laid_out, state = bitsandbytes.functional._convert_weight_packed_for_cpu(
+        layer.weight.data.clone(), fresh
+    )
+    assert state.packing_format_for_cpu
+    after = peers.unpacked(SimpleNamespace(data=laid_out, quant_state=state))
+    assert after.shape == before.shape == (128, 64)
+    assert float((after - before).norm() / before.norm()) < 2**-7  # scales of 8 bits
+    assert state.packing_format_for_cpu  # the caller's own state is as it was
 
 
 # --- from outside ---------------------------------------------------------------------------------

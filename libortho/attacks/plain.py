@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from libortho.errors import SeparationError
 from libortho.linear import OrthoLinear
 from libortho.models import replace_module
+from libortho.peers import unpacked
 
 _ADAPTER = "lora_"
 """In the names of peft's trained matrices: switched off, and no part of what is handed out."""
@@ -29,7 +30,9 @@ def public_weight(layer: Any) -> Tensor:
     if isinstance(layer, OrthoLinear):
         return layer.effective_weight().clone()
     weight = layer.weight
-    if type(weight) is not nn.Parameter:
+    if type(weight).__name__ == "Params4bit":
+        weight = unpacked(weight)
+    elif type(weight) is not nn.Parameter:
         # Takes more than a second, for layers that few models have.
         from transformers.integrations.bitsandbytes import (  # noqa: PLC0415
             dequantize_bnb_weight,
