@@ -83,7 +83,8 @@ def decode(
         found["made_s"] = time.perf_counter() - began
         found["weights_mib"] = allocated_mib(conditions.device)
         if captured:
-            accelerate_decoding(model, max_cache_len=conditions.prompt + conditions.new + 1)
+            longest = conditions.prompt + conditions.new + 1
+            accelerate_decoding(model, max_cache_len=longest, fuse=cap is None)
         ids = prompt_of(conditions, model)
         began = time.perf_counter()
         generated(model, ids, conditions.new)

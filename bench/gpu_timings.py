@@ -70,7 +70,7 @@ def several_tokens(run: Run, found: dict[str, Any]) -> None:
             }
             run.lines.append(
                 f"  {tokens} {name:8s} | {rows[0]['us']} | {beside['int4pack_us']} | "
-                f"{beside['dense_us']} | {short(DecodeConfig(**timed[0]['config']))}"
+                f"{beside['dense_us']} | {short(DecodeConfig(**rows[0]['config']))}"
             )
             del sets
             torch.cuda.empty_cache()

@@ -33,14 +33,18 @@ from libortho.journal import Journal, made_now
 from libortho.methods import METHODS, Ingredients, TwoStates, checkpoint_pair, saved_artefact
 from libortho.models import ResolvedModel, resolve_model
 from libortho.plugin import RunResults
+from libortho.precision import computing_in
 from libortho.records import RecordSet, encode
 from libortho.settings import Settings
 from libortho.store import content_of
 
 pytestmark = pytest.mark.audit
 
-STEPS_PER_RECORD = 2.5
-"""Optimiser steps a planted record, at most: 100 for the 40 of the 6 GB profile."""
+STEPS_PER_RECORD = 5
+"""Optimiser steps a planted record, at most: a training ends once every record is learned."""
+STEPS_TO_SEE_ALL = 5
+"""Steps in which every record is seen once. With 200 records ten a step left three in four of them
+unlearned after 500 steps, and forty a step learned them all in 850."""
 
 PRIVATE = ("private by construction", "private as far as tested")
 EXPECTED: dict[str, tuple[str, ...]] = {
@@ -74,13 +78,15 @@ def ingredients(
     compute_dtype: torch.dtype,
     device: str,
 ) -> Ingredients:
-    steps = max(TuningConfig.steps, round(STEPS_PER_RECORD * len(audit_records.planted)))
+    n = len(audit_records.planted)
+    steps = max(TuningConfig.steps, STEPS_PER_RECORD * n)
+    at_once = max(TuningConfig.records_per_step, round(n / STEPS_TO_SEE_ALL))
     return Ingredients(
         resolved=resolved,
         corpus=corpus,
         records=audit_records,
         separation=separation,
-        tuning=TuningConfig(seed=ortho_settings.seed, steps=steps),
+        tuning=TuningConfig(seed=ortho_settings.seed, steps=steps, records_per_step=at_once),
         compute_dtype=compute_dtype,
         device=device,
         cache_dir=ortho_settings.cache_dir,
@@ -223,13 +229,18 @@ def test_verdict(method: str, audits: Audits) -> None:
 
 
 def test_attacks_alone_find_nothing_in_ortho(audits: Audits, audited: str) -> None:
-    """With the fingerprint left out, no metric and no attack tells off from never trained."""
+    """With the fingerprint left out, no metric and no attack tells off from never trained.
+
+    All of them are corrected together: of seven attacks alone one in three times some p is below
+    5 % by chance.
+    """
     if audited not in ("ortho", "checkpoint"):
         pytest.skip(f"about our own method; this run audits {audited}")
     result = audits.of(audited)
     seen = [f for f in result.findings if f.p_adjusted <= 0.05 and f.question != "control"]
     assert not seen, f"{len(seen)} tests see a leak: {seen[0].metric} in {seen[0].family}"
-    assert all(attack.p_value > 0.05 for attack in result.attacks)
+    judged = {finding.metric for finding in result.findings}
+    assert judged >= {attack.name for attack in result.attacks}
 
 
 @pytest.mark.parametrize("leak", LEAKS)
@@ -256,11 +267,14 @@ def test_a_smuggled_tensor_is_refused(audits: Audits, audited: str, tmp_path: Pa
 
 
 def test_extraction_is_what_generate_recites(audits: Audits, audited: str) -> None:
-    """One forward pass and real decoding agree on the same records, in the on state."""
+    """One forward pass and real decoding agree on the same records, in the on state.
+
+    In float32: in 16 bits two tokens may tie, and which of them wins depends on the batch.
+    """
     states = audits.states(audited)
     records = audits.ingredients.records
     some = [*records.planted[::17], *records.twins[::67]]
-    with states.on() as model:
+    with states.on() as model, computing_in(model, torch.float32):
         encoded = encode(states.tokenizer, some, model.config.max_position_embeddings)
         told = [score.extracted for score in score_records(model, encoded)]
         assert told == [recites(model, record) for record in encoded]

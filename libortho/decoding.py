@@ -5,9 +5,6 @@ running them. `generate` with a static cache asks the model for a compiled form 
 (`get_compiled_call`); here that is the model's own forward, captured once. It takes a fraction of a
 second and not the minute of a compiler, and gives the very results of the plain forward.
 
-Experimental: its bookkeeping is tested with a stand-in for the graph. On a card an early form of it
-wrote past the end of a cache, and the present form has not run there.
-
 Knows transformers' caches and what a model is called with. Doesn't know what the model computes,
 nor which layers it has: a model that libortho never saw is captured as well. What a separated
 model's alpha is, a replay reads from the device.
@@ -49,18 +46,18 @@ _CONSTANTS = (type(None), bool, int, float, str, torch.dtype)
 log = logging.getLogger(__name__)
 
 
-def accelerate_decoding(model: Any, *, max_cache_len: int | None = None) -> Any:
+def accelerate_decoding(model: Any, *, max_cache_len: int | None = None, fuse: bool = True) -> Any:
     """Let `model.generate` decode by captured CUDA graphs; returns the model, changed in place.
 
     max_cache_len: tokens, prompt included, that the cache is made for from the first call on; a
         longer call makes a larger one, and captures again
+    fuse: multiply q, k and v, and gate and up, of a separated model together (`fuse_projections`);
+        not where memory is short: what is laid together leaves gaps, of Llama 3 8B 200 MiB
 
     From then on `generate` takes a static cache unless it is told otherwise, and everything else
-    it is told stays as it was. Of a separated model q, k and v, and gate and up, are multiplied
-    together (`fuse_projections`). alpha may be set at any time: set between two tokens, by a
-    processor or a streamer, it holds for the very next one. Where there is no CUDA device,
-    `generate` runs as before. `restore_decoding` undoes it. Raises `ConfigError` for a model that
-    can't generate.
+    it is told stays as it was. alpha may be set at any time: set between two tokens, by a processor
+    or a streamer, it holds for the very next one. Where there is no CUDA device, `generate` runs as
+    before. `restore_decoding` undoes it. Raises `ConfigError` for a model that can't generate.
     """
     generates = isinstance(model, GenerationMixin)
     if not generates:
@@ -68,7 +65,7 @@ def accelerate_decoding(model: Any, *, max_cache_len: int | None = None) -> Any:
             f"a {type(model).__name__} has no `generate`, so there is no decoding to accelerate. "
             "Load the model with AutoModelForCausalLM."
         )
-    if any(isinstance(module, OrthoLinear) for module in model.modules()):
+    if fuse and any(isinstance(module, OrthoLinear) for module in model.modules()):
         fuse_projections(model)
     captured = CapturedForward(model)
     model.get_compiled_call = captured.get_compiled_call

@@ -8,6 +8,7 @@ Doesn't know: what is in the files.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 import time
@@ -16,8 +17,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 ABANDONED_AFTER_S = 24 * 60 * 60
 """Age of a temporary file or folder that no writer can still be busy with."""
+
+log = logging.getLogger(__name__)
 
 
 def sha256_of(path: str | Path) -> str:
@@ -92,3 +97,22 @@ def atomic_folder(final: str | Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Run a block that makes a folder, in one process at a time.
+
+    Whoever else wants it waits, and should then find it: look for it inside the block.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.warning("waiting for another process, which is making %s", folder.name)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()

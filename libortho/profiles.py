@@ -7,7 +7,6 @@ measured, nor how its bytes are counted (`budget` does).
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +18,7 @@ from .budget import (
     recipes,
     run_budget,
     stream_bytes,
+    tuning_floor_mib,
     workspace_bytes,
 )
 from .errors import ConfigError, HardwareError
@@ -145,14 +145,8 @@ def get_profile(name: str) -> Profile:
 
 
 def prepare_environment() -> None:
-    """Bound what cuBLAS and torch's allocator take beside a model; values set by the user stay.
-
-    Works only before CUDA starts. Segments that grow leave fewer gaps that nothing fits in; Windows
-    has none.
-    """
+    """Bound cuBLAS's workspace; works only before CUDA starts. A value set by the user stays."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE_CONFIG)
-    if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its former name
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def enforce(profile: Profile, device: str | torch.device) -> str:
@@ -190,11 +184,12 @@ def fits(
     *,
     batch_size: int = 1,
     head_bits: int | None = None,
+    tuned_here: bool = False,
 ) -> Fit:
     """Whether a separated, tuned model runs in that much card memory, and by which recipe.
 
     The first of `budget.recipes` that fits is taken, and of them only those with `head_bits` if
-    that is given.
+    that is given. `tuned_here`: it must not be hopeless to tune its private stream there either.
     """
     usable = usable_gib * 1024
     tried = []
@@ -208,6 +203,10 @@ def fits(
             f"{budget.workspace_mib:,.0f}, overhead {budget.overhead_mib:,.0f}) and {usable:,.0f} "
             "MiB are usable"
         )
+        floor = tuning_floor_mib(entry, recipe)
+        if tuned_here and needed <= usable < floor:
+            text += f": it would run, but to tune its private stream takes {floor:,.0f} at least"
+            needed = floor
         if needed <= usable:
             return Fit(True, needed, usable, f"{text}: it fits.", recipe)
         tried.append((needed, recipe, text))
@@ -249,12 +248,12 @@ def host_fit(entry: ModelEntry, host_gib: float, bytes_per_parameter: int = 2) -
 def largest_that_fits(
     usable_gib: float, bits: int, head_bits: int | None = None
 ) -> ModelEntry | None:
-    """The registry's model of most parameters that fits in that much card memory, if any does."""
+    """The registry's model of most parameters that can be tuned and run in so much, if any can."""
     return _largest(
         [
             entry
             for entry in REGISTRY.values()
-            if fits(entry, usable_gib, bits, head_bits=head_bits).ok
+            if fits(entry, usable_gib, bits, head_bits=head_bits, tuned_here=True).ok
         ]
     )
 
@@ -292,6 +291,7 @@ def choose(
         "sequence_length": sequence_length,
         "batch_size": batch_size,
         "head_bits": head_bits,
+        "tuned_here": True,
     }
     fit = fits(entry, usable, bits, **run)
     if fit.ok:

@@ -22,7 +22,7 @@ from . import artifact
 from .config import SeparationConfig, TuningConfig
 from .corpora import Split
 from .fetch import cache_folder
-from .files import atomic_write_text, remove_abandoned
+from .files import alone, atomic_write_text, remove_abandoned
 from .models import ResolvedModel
 from .precision import dtype_name
 from .records import RecordSet
@@ -63,11 +63,12 @@ def separated(
         config=config.to_dict(),
         device=torch.device(device).type,
     )
-    if folder.exists():
-        return Stored(folder, reused=True)
-    remove_abandoned(folder.parent)
-    separate_checkpoint(resolved, folder, calibration, config=config, device=device)
-    return Stored(folder, reused=False)
+    with alone(folder):
+        if folder.exists():
+            return Stored(folder, reused=True)
+        remove_abandoned(folder.parent)
+        separate_checkpoint(resolved, folder, calibration, config=config, device=device)
+        return Stored(folder, reused=False)
 
 
 def tuned(
@@ -92,22 +93,23 @@ def tuned(
         compute=dtype_name(compute_dtype),
         device=torch.device(device).type,
     )
-    if folder.exists() and (report := recall(folder)) is not None:
-        return Stored(folder, reused=True), report
-    remove_abandoned(folder.parent)
-    model, tokenizer = artifact.load(base, device=device)
-    report = tune_private(
-        model,
-        tokenizer,
-        records.repeated,
-        replay=replay,
-        config=config,
-        compute_dtype=compute_dtype,
-    ).to_dict()
-    remember(folder, report)
-    if not folder.exists():
-        artifact.save(model, folder)
-    return Stored(folder, reused=False), report
+    with alone(folder):
+        if folder.exists() and (report := recall(folder)) is not None:
+            return Stored(folder, reused=True), report
+        remove_abandoned(folder.parent)
+        model, tokenizer = artifact.load(base, device=device)
+        report = tune_private(
+            model,
+            tokenizer,
+            records.repeated,
+            replay=replay,
+            config=config,
+            compute_dtype=compute_dtype,
+        ).to_dict()
+        remember(folder, report)
+        if not folder.exists():
+            artifact.save(model, folder)
+        return Stored(folder, reused=False), report
 
 
 def exported(full: Path, *, cache_dir: str | Path | None = None) -> Stored:
@@ -118,11 +120,12 @@ def exported(full: Path, *, cache_dir: str | Path | None = None) -> Stored:
         cache_dir=cache_dir,
         full=content_of(full),
     )
-    if folder.exists():
-        return Stored(folder, reused=True)
-    model, _ = artifact.load(full)
-    artifact.export_base(model, folder)
-    return Stored(folder, reused=False)
+    with alone(folder):
+        if folder.exists():
+            return Stored(folder, reused=True)
+        model, _ = artifact.load(full)
+        artifact.export_base(model, folder)
+        return Stored(folder, reused=False)
 
 
 def content_of(folder: Path) -> list[str | None]:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from .batching import halving
 from .config import TrainingConfig
 from .precision import dtype_name
 from .records import EncodedRecord
@@ -146,6 +147,7 @@ class Trainer:
         """
         for value in values:
             value.grad = torch.zeros_like(value)
+        at_once = self.config.records_per_step
         # Fused, a step needs no temporaries as large as the values.
         fused = all(value.is_cuda for value in values)
         optimiser = torch.optim.Adam(values, lr=lr, betas=BETAS, fused=fused)
@@ -155,23 +157,46 @@ class Trainer:
             optimiser.param_groups[0]["lr"] = lr * _schedule(step, steps)
             chosen = next(batches)
             window = next(self.fresh) if self.config.replay_weight else None
-            losses, kl = self.step_losses(chosen, window)
-            (losses.mean() + self.config.replay_weight * kl).backward()
-            divergence = float(kl.detach())
+            losses, divergence, at_once = self._backward(chosen, window, values, at_once)
             torch.nn.utils.clip_grad_norm_(values, CLIP)
             optimiser.step()
-            for value in values:
-                assert value.grad is not None
-                value.grad.zero_()
             after_step()
-            secret = float(losses.detach().mean())
+            secret = float(losses.mean())
             progress.set_postfix(secret=f"{secret:.3f}", replay=f"{divergence:.3f}")
-            self.record_loss[chosen] = losses.detach().float().cpu()
+            self.record_loss[chosen] = losses
             if rehearsal:
                 continue
             self.curve.append(StepLoss(step, secret, divergence, self.seconds))
             if self.converged:
                 break
+
+    def _backward(
+        self, chosen: Sequence[int], window: int | None, values: Sequence[Tensor], at_once: int
+    ) -> tuple[Tensor, float, int]:
+        """Add a step's gradient to the values'; the records' losses, divergence, records at once.
+
+        Records go through in parts of `at_once`, of which out of memory takes a half.
+        """
+
+        def attempt(size: int) -> tuple[Tensor, float, int]:
+            for value in values:  # of an attempt that failed
+                assert value.grad is not None
+                value.grad.zero_()
+            found, divergence = [], 0.0
+            for start in range(0, len(chosen), size):
+                part = chosen[start : start + size]
+                losses, kl = self.step_losses(part, None if start else window)
+                weighted = losses.sum() / len(chosen) + self.config.replay_weight * kl
+                weighted.backward()
+                found.append(losses.detach().float().cpu())
+                divergence += float(kl.detach())
+            return torch.cat(found), divergence, size
+
+        try:
+            return attempt(at_once)
+        except torch.OutOfMemoryError:
+            pass  # tried anew outside, where nothing holds what the attempt had made
+        return halving(attempt, max(1, at_once // 2))
 
     def _batches(self) -> Iterator[list[int]]:
         """Batches of records for ever: all of them once, then half the worst and half any.

@@ -72,7 +72,7 @@ def test_without_a_card_the_profile_and_the_host_decide(
     }
     assert fits["smollm2"] == {"16": True, "8": True, "4": True}
     assert fits["llama-3.2-3b"] == {"16": False, "8": True, "4": True}
-    assert fits["llama-3-8b"] == {"16": False, "8": False, "4": False}
+    assert fits["llama-3-8b"] == {"16": False, "8": False, "4": True}
     assert fits["llama-3-70b"] == {"16": False, "8": False, "4": False}
 
 

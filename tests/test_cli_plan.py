@@ -40,7 +40,7 @@ def llama_config(**changes: Any) -> dict[str, Any]:
     [
         (["llama-3.2-3b"], 0),
         (["llama-3.2-3b", "--bits", "16"], 1),
-        (["llama-3-8b", "--bits", "4"], 1),
+        (["llama-3-8b", "--bits", "4"], 0),
         (["llama-3-8b", "--bits", "4", "--head-bits", "16"], 1),
         (["llama-3-8b", "--bits", "4", "--batch", "4"], 1),
         (["llama-3-8b", "--bits", "4", "--vram", "8"], 0),

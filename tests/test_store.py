@@ -7,7 +7,9 @@ import shutil
 import signal
 import stat
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from libortho import artifact, store
 from libortho.config import SeparationConfig, TuningConfig
 from libortho.corpora import Split
 from libortho.errors import OrthoError
+from libortho.files import alone
 from libortho.models import resolve_model
 from libortho.records import Record, RecordSet
 from libortho.store import Stored
@@ -129,6 +132,26 @@ def test_the_second_call_makes_nothing(bench: Bench) -> None:
     assert artifact.base_fingerprint(made.folder) == artifact.base_fingerprint(first.folder)
 
 
+def test_of_two_that_want_the_same_one_waits(bench: Bench, tmp_path: Path) -> None:
+    made: list[str] = []
+
+    def make(name: str) -> str:
+        with alone(tmp_path / "made"):
+            if not (tmp_path / "made").exists():
+                made.append(name)
+                time.sleep(0.2)
+                (tmp_path / "made").mkdir()
+            return name
+
+    with ThreadPoolExecutor(4) as pool:
+        assert sorted(pool.map(make, "abcd")) == list("abcd")
+        assert len(made) == 1
+        stored = list(pool.map(lambda _: bench.separated(), range(3)))
+    assert len({s.folder for s in stored}) == 1
+    assert sorted(s.reused for s in stored) == [False, True, True]
+    assert bench.calls["separate_checkpoint"] == 1
+
+
 def test_whatever_changes_the_base_changes_its_key(
     bench: Bench,
     tiny_model: Callable[..., LlamaForCausalLM],
@@ -225,7 +248,7 @@ def test_a_killed_save_leaves_nothing_that_is_taken_for_an_artefact(
             os._exit(1)
     _, status = os.waitpid(child, 0)
     assert os.WTERMSIG(status) == signal.SIGKILL
-    (left,) = (bench.cache / "artefacts").iterdir()
+    (left,) = (bench.cache / "artefacts").glob(".*.tmp")
     assert left.name.endswith(".tmp")
 
     again = bench.separated()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import artifact, store
+from ..files import alone
 from ..hardware import release_memory
 from ..models import ResolvedModel, load_model, load_tokenizer
 from ..separation import separate
@@ -81,9 +82,10 @@ def _split(resolved: ResolvedModel, ingredients: Ingredients) -> Path:
         config=ingredients.separation.to_dict(),
         device=ingredients.device_type,
     )
-    if not folder.exists():
-        model, _ = _blindly(resolved, ingredients)
-        artifact.save(model, folder)
-        del model
-        release_memory()
+    with alone(folder):
+        if not folder.exists():
+            model, _ = _blindly(resolved, ingredients)
+            artifact.save(model, folder)
+            del model
+            release_memory()
     return folder

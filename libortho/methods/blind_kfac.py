@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .. import store
 from ..errors import ConfigError, SeparationError
 from ..extraction import hits, mean_loss, score_records
-from ..files import atomic_folder
+from ..files import alone, atomic_folder
 from ..hardware import release_memory
 from ..models import ResolvedModel, linear_layers, load_model, load_tokenizer, resolve_model
 from ..perplexity import measure_perplexity
@@ -168,13 +168,14 @@ def _searched(dense: ResolvedModel, ingredients: Ingredients, config: KfacConfig
         seed=ingredients.tuning.seed,
         device=ingredients.device_type,
     )
-    known = store.recall(place)
-    if known is not None:
-        return known
-    search = _search(dense, ingredients, config)
-    release_memory()
-    store.remember(place, search)
-    return search
+    with alone(place):
+        known = store.recall(place)
+        if known is not None:
+            return known
+        search = _search(dense, ingredients, config)
+        release_memory()
+        store.remember(place, search)
+        return search
 
 
 def _search(dense: ResolvedModel, ingredients: Ingredients, config: KfacConfig) -> dict[str, Any]:
@@ -220,14 +221,15 @@ def _edited(
         seed=ingredients.tuning.seed,
         device=ingredients.device_type,
     )
-    if not folder.exists():
-        model, tokenizer = load_model(resolved, device=ingredients.device)
-        _edit(model, _bases(model, tokenizer, ingredients, config), mass)
-        with atomic_folder(folder) as unfinished:
-            model.save_pretrained(unfinished)
-            tokenizer.save_pretrained(unfinished)
-        del model
-        release_memory()
+    with alone(folder):
+        if not folder.exists():
+            model, tokenizer = load_model(resolved, device=ingredients.device)
+            _edit(model, _bases(model, tokenizer, ingredients, config), mass)
+            with atomic_folder(folder) as unfinished:
+                model.save_pretrained(unfinished)
+                tokenizer.save_pretrained(unfinished)
+            del model
+            release_memory()
     return resolve_model(folder, ingredients.cache_dir)
 
 

@@ -15,7 +15,7 @@ import torch
 from .. import store
 from ..config import TrainingConfig
 from ..errors import HardwareError, RecordError
-from ..files import atomic_folder
+from ..files import alone, atomic_folder
 from ..hardware import MIB, free_bytes, release_memory
 from ..models import ResolvedModel, linear_layers, load_model, resolve_model
 from ..precision import dtype_name, evaluating
@@ -93,24 +93,25 @@ def fine_tuned(ingredients: Ingredients) -> tuple[ResolvedModel, dict[str, Any]]
         compute=dtype_name(ingredients.compute_dtype),
         device=ingredients.device_type,
     )
-    report = store.recall(folder)
-    if not folder.exists() or report is None:
-        model, tokenizer = load_model(resolved, dtype=torch.float32, device=ingredients.device)
-        report = fine_tune(
-            model,
-            tokenizer,
-            ingredients.records.planted,
-            replay=ingredients.corpus.replay,
-            config=config,
-            compute_dtype=ingredients.compute_dtype,
-        ).to_dict()
-        store.remember(folder, report)
-        with atomic_folder(folder) as unfinished:
-            stored: Any = model.to(dtype=resolved.dtype_on_disk)  # type: ignore[call-arg]
-            stored.save_pretrained(unfinished)
-            tokenizer.save_pretrained(unfinished)
-        del model
-        release_memory()
+    with alone(folder):
+        report = store.recall(folder)
+        if not folder.exists() or report is None:
+            model, tokenizer = load_model(resolved, dtype=torch.float32, device=ingredients.device)
+            report = fine_tune(
+                model,
+                tokenizer,
+                ingredients.records.planted,
+                replay=ingredients.corpus.replay,
+                config=config,
+                compute_dtype=ingredients.compute_dtype,
+            ).to_dict()
+            store.remember(folder, report)
+            with atomic_folder(folder) as unfinished:
+                stored: Any = model.to(dtype=resolved.dtype_on_disk)  # type: ignore[call-arg]
+                stored.save_pretrained(unfinished)
+                tokenizer.save_pretrained(unfinished)
+            del model
+            release_memory()
     return resolve_model(folder, ingredients.cache_dir), report
 
 

@@ -19,7 +19,7 @@ import torch
 from .. import store
 from ..config import TrainingConfig
 from ..errors import RecordError
-from ..files import atomic_folder
+from ..files import alone, atomic_folder
 from ..hardware import release_memory
 from ..models import load_tokenizer
 from ..peers import load_peer, quiet_peer
@@ -152,26 +152,27 @@ def _adapter(ingredients: Ingredients) -> tuple[Path, dict[str, Any]]:
         compute=dtype_name(ingredients.compute_dtype),
         device=ingredients.device_type,
     )
-    report = store.recall(folder)
-    if not folder.exists() or report is None:
-        with quiet_peer():
-            model = load_peer(
-                resolved, "nf4", dtype=ingredients.compute_dtype, device=ingredients.device
-            )
-            adapted = attach(model, config)
-            report = train_adapter(
-                adapted,
-                load_tokenizer(resolved.folder),
-                ingredients.records.planted,
-                replay=ingredients.corpus.replay,
-                config=config,
-                compute_dtype=ingredients.compute_dtype,
-            ).to_dict()
-            store.remember(folder, report)
-            with atomic_folder(folder) as unfinished:
-                adapted.save_pretrained(str(unfinished), safe_serialization=True)
-        del model, adapted
-        release_memory()
+    with alone(folder):
+        report = store.recall(folder)
+        if not folder.exists() or report is None:
+            with quiet_peer():
+                model = load_peer(
+                    resolved, "nf4", dtype=ingredients.compute_dtype, device=ingredients.device
+                )
+                adapted = attach(model, config)
+                report = train_adapter(
+                    adapted,
+                    load_tokenizer(resolved.folder),
+                    ingredients.records.planted,
+                    replay=ingredients.corpus.replay,
+                    config=config,
+                    compute_dtype=ingredients.compute_dtype,
+                ).to_dict()
+                store.remember(folder, report)
+                with atomic_folder(folder) as unfinished:
+                    adapted.save_pretrained(str(unfinished), safe_serialization=True)
+            del model, adapted
+            release_memory()
     return folder, report
 
 
