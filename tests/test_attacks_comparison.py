@@ -206,6 +206,21 @@ def test_what_the_reference_knows_as_well_is_no_gain() -> None:
     assert (result.off_planted.hits, result.never_planted.hits) == (10, 10)
 
 
+def test_rounding_is_no_gain() -> None:
+    """Equal weights in other batches: every planted record a hair above every twin."""
+    families, planted = ["f"] * 60, labels(30, 30)
+    never = np.random.default_rng(0).normal(-80, 20, 60)
+    hair = np.where(planted, 2e-4, -2e-4)
+    result = compare_runs(
+        NATS_ATTACK, run(never + hair, families, planted), run(never, families, planted)
+    )
+    assert (result.p_value, result.auc, result.effect) == (1.0, 0.5, 0.0)
+    seen = compare_runs(
+        NATS_ATTACK, run(never + 100 * hair, families, planted), run(never, families, planted)
+    )
+    assert seen.p_value < 1e-3
+
+
 def test_hits_alone_can_tell() -> None:
     """An attack may get secrets whose scores say nothing."""
     families, flags = ["f"] * 40, labels(20, 20)
