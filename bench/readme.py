@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.readme_audits import audit_rows
 from bench.readme_kernels import decode_facts, decode_rows, kernel_facts, kernel_rows
 from bench.readme_texts import CATALOGUES, Catalogue
 from libortho.files import atomic_write_text
@@ -24,8 +25,8 @@ FOLDER = Path(__file__).parent / "results"
 BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
 CARD_RUN, KERNELS, DECODE = "h100-enwiki.json", "h100-kernels.json", "h100-decode.json"
 """A run of both experiments on a card; `gpu_kernels.py` and `gpu_decode.py` on the same kind."""
-BANDWIDTH, MEMORY = "h100-bandwidth.json", "h100-memory.json"
-"""Of later runs on the same kind of card: `gpu_decode.py`'s first section, `gpu_memory.py`."""
+AUDITS, MEMORY = "h100-audits.json", "h100-memory.json"
+"""Of the same kind of card: `audits.py`, `gpu_memory.py`."""
 RUNS = ("cpu-enwiki.json", "cpu-wikitext2.json")
 """A whole run of `pytest -m gtx4050`, then ones of experiment 2 on other text."""
 ARMS = ("reference", "alpha1", "alpha0", "plain", "nf4")
@@ -41,12 +42,12 @@ def render(readme: str = "README.md") -> str:
         _null_test(runs, words),
         _throughput(runs[0], words),
         _card(read_results(FOLDER / CARD_RUN), words),
+        _audits(read_results(FOLDER / AUDITS), words),
+        _memory(_measured(MEMORY), words),
+        _decoding(_measured(DECODE), words),
         _kernels(_measured(KERNELS), words),
-        _bandwidth(_measured(KERNELS), _measured(BANDWIDTH), words),
     ]
-    if (FOLDER / DECODE).exists():
-        sections.append(_decoding(_measured(DECODE), words))
-    return "\n\n".join([*sections, _memory(_measured(MEMORY), words)])
+    return "\n\n".join(sections)
 
 
 def _measured(name: str) -> dict[str, Any]:
@@ -54,28 +55,41 @@ def _measured(name: str) -> dict[str, Any]:
     return found
 
 
-def _bandwidth(kernels: dict[str, Any], later: dict[str, Any], words: Catalogue) -> str:
-    copies = later["bandwidth"]
-    ratio = kernels["bandwidth"]["copy_gb_per_s"] / copies["elementwise_gb_per_s"]
-    return words["bandwidth"].format(
-        memcpy=f"{copies['memcpy_gb_per_s']:.0f}",
-        elementwise=f"{copies['elementwise_gb_per_s']:.0f}",
-        ratio=f"{ratio:.2f}",
+def _audits(run: Results, words: Catalogue) -> str:
+    where, first = run.provenance, run.audits[0]
+    said = words["audits"].format(
+        card=where.device_name,
+        dtype=where.compute_dtype,
+        torch=where.torch,
+        date=where.timestamp_utc[:10],
+        model=f"`{first.model}`",
+        n=first.n_planted,
+        records=first.records_source,
     )
+    names = (
+        *("method", "trained", "extracted on", "extracted off", "loss off", "exposure off"),
+        *("tests that see", "attacks that see", "verdict"),
+    )
+    header = [words[name] for name in names]
+    return "\n".join([said, "", *_table(header, audit_rows(run, words))])
 
 
 def _memory(found: dict[str, Any], words: Catalogue) -> str:
     rows = []
     for model, name in {"8B": "Llama 3 8B", "3B": "Llama 3.2 3B"}.items():
         made, ran = found[model]["separate"], found[model]["run"]
-        outcome = words["not measured"]
+        outcome, planned = words["not measured"], ""
         if "peak_reserved_mib" in ran:
-            outcome = f"{ran['peak_reserved_mib']:,.0f} MiB"
+            outcome = f"{ran['peak_reserved_mib']:,.0f}"
+            planned = f"{ran['predicted_mib']['total_mib']:,.0f}"
         elif "OutOfMemory" in ran.get("failed", ""):
             outcome = words["ran out of memory"]
+        tuned = found[model].get("tune", {}).get("probe", {}).get("memory", {})
+        tuning = f"{tuned['peak_reserved_mib']:,.0f}" if tuned else words["not measured"]
         mib = (f"{made[key]:,.0f}" for key in ("peak_own_host_mib", "peak_reserved_mib"))
-        rows.append([name, f"{made['seconds']:.0f}", *mib, outcome])
-    header = [words[k] for k in ("model", "seconds", "host memory", "card memory", "running it")]
+        rows.append([name, f"{made['seconds']:.0f}", *mib, planned, outcome, tuning])
+    names = ("model", "seconds", "host memory", "card memory", "planned", "running it", "tuning it")
+    header = [words[k] for k in names]
     where = found["environment"]
     said = words["memory"].format(
         card=where["device"], torch=where["torch"], date=where["date_utc"][:10]

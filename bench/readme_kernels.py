@@ -43,16 +43,15 @@ def kernel_facts(found: Found) -> dict[str, object]:
 def kernel_rows(found: Found) -> list[list[str]]:
     """Layer, base in µs, its share of copy bandwidth, streams to base, and the peers in µs."""
     rows = []
-    for family in FAMILIES:
-        for name, case in found[f"{family}, 1 token"].items():
+    for family in (*FAMILIES, "fused"):
+        for name, case in found.get(f"{family}, 1 token", {}).items():
             if "us" not in case:
                 continue  # no candidate could be timed
             share = case.get("base_share_of_copy", case.get("base_share_of_copy_bandwidth"))
             peers = (_figure(case["peers"][f"{peer}_us"], ".1f") for peer in ("int4pack", "dense"))
             ratio = f"{case['ratio_streams_to_base']:.2f} ×"
-            rows.append(
-                [f"{family} {name}", f"{case['us']['base']:.1f}", f"{share:.0%}", ratio, *peers]
-            )
+            layer = name if family == "fused" else f"{family} {name}"
+            rows.append([layer, f"{case['us']['base']:.1f}", f"{share:.0%}", ratio, *peers])
     return rows
 
 
@@ -88,6 +87,8 @@ def _decode_rows(found: Found, names: Mapping[str, str]) -> Iterator[list[str]]:
         for row, (section, suffix) in MODELS.items():
             case = found.get(f"{family} {section}", {})
             if case.get(f"tokens_per_s{suffix}") is None:
+                if "OutOfMemory" in case.get("failed", ""):
+                    yield [f"{family} {names[row]}", names["ran out of memory"], *"––––"]
                 continue
 
             def of(key: str, form: str, case: Found = case, suffix: str = suffix) -> str:

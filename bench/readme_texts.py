@@ -53,23 +53,44 @@ ENGLISH: Catalogue = {
     "{transformers}, {date}): {hits1} and {hits0} of {n} extracted at alpha = 1 and 0; on {corpus} "
     "perplexity ratios of {alpha1} at alpha = 1, {alpha0} at alpha = 0, {nf4} for NF4 and {plain} "
     "for plain INT4.",
+    # Audits
+    "audits": "Audits of {model} on an {card}, in {dtype} (torch {torch}, {date}), {n} planted "
+    "records ({records}) and as many twins. Trained: records a step times steps at most; a row "
+    "with another recipe than its neighbour's is not to be compared with it. Losses in nats per "
+    "secret token, exposure in bits of 3. Tests share an error rate of 5 % (Holm), attacks "
+    "included.",
+    "method": "method",
+    "trained": "trained",
+    "untrained": "never",
+    "extracted on": "extracted, on",
+    "extracted off": "extracted, off",
+    "loss off": "loss off, planted / twins",
+    "exposure off": "exposure off",
+    "tests that see": "tests that see a leak",
+    "attacks that see": "attacks that do",
+    "verdict": "verdict",
+    "not run": "not run",
+    "private by construction": "*private by construction*",
+    "private as far as tested": "*private as far as tested*",
+    "leaks": "*leaks*",
+    "inconclusive": "*inconclusive*",
     # Kernels
     "kernels": "Decode kernels on an {card} (torch {torch}, triton {triton}, {date}; copies ran at "
     "{bandwidth} GB/s, read and written): INT4 with groups of 128, one token, float16, at layer "
     "shapes of Llama; streams are 0.5 % residual and 0.5 % private. Of {checked} random cases "
     "{missed} missed the float64 reference.",
-    "bandwidth": "A later run on a card of the same kind copied at {memcpy} GB/s by memcpy and at "
-    "{elementwise} GB/s elementwise. Against the faster copy the shares of bandwidth in the table "
-    "are {ratio} of what they say. The kernels have been changed since, and not timed again.",
     # Whole models
-    "memory": "Separation from the safetensors shards of whole models, random weights at their "
-    "exact geometry, on an {card} capped at 5.0 GiB (torch {torch}, {date}): INT4 with groups of "
-    "128, 8-bit embedding and head, 0.5 % residual. Host memory is beyond the page cache.",
+    "memory": "Whole models from their safetensors shards, random weights at their exact geometry, "
+    "on an {card} capped at 5.0 GiB (torch {torch}, {date}): INT4 with groups of 128, 8-bit "
+    "embedding and head, 0.5 % residual and 0.5 % private; separated (seconds, host memory beyond "
+    "the page cache, card memory), run with 512 tokens of prompt and 32 decoded, tuned.",
     "model": "model",
     "seconds": "seconds",
     "host memory": "host memory, MiB",
     "card memory": "card memory, MiB",
-    "running it": "running it within 5.0 GiB",
+    "planned": "planned for running, MiB",
+    "running it": "running it, MiB",
+    "tuning it": "tuning its private stream, MiB",
     "ran out of memory": "ran out of memory",
     "layer": "layer",
     "base": "base, µs",
@@ -133,21 +154,40 @@ CHINESE: Catalogue = {
     "transformers {transformers}，{date}）：alpha = 1 与 0 时提取 {hits1} 条与 {hits0} 条，"
     "共 {n} 条；{corpus} 上的困惑度比值：alpha = 1 为 {alpha1}，alpha = 0 为 {alpha0}，"
     "NF4 为 {nf4}，普通 INT4 为 {plain}。",
+    "audits": "在 {card} 上对 {model} 的审计，{dtype}（torch {torch}，{date}），{n} 条植入记录"
+    "（{records}）与同样多的孪生记录。训练一栏：每步记录数 × 最多步数；配方不同的行不可相互比较。"
+    "损失为每个秘密 token 的 nat 数，暴露度以比特计，最大为 3。所有检验（含攻击）共享 5 % 的"
+    "错误率（Holm）。",
+    "method": "方法",
+    "trained": "训练",
+    "untrained": "从未",
+    "extracted on": "开启时被提取",
+    "extracted off": "关闭时被提取",
+    "loss off": "关闭时的损失，植入 / 孪生",
+    "exposure off": "关闭时的暴露度",
+    "tests that see": "发现泄漏的检验",
+    "attacks that see": "其中的攻击",
+    "verdict": "判定",
+    "not run": "未运行",
+    "private by construction": "*private by construction*",
+    "private as far as tested": "*private as far as tested*",
+    "leaks": "*leaks*",
+    "inconclusive": "*inconclusive*",
     "kernels": "{card} 上的 decode 内核（torch {torch}，triton {triton}，{date}；"
     "显存拷贝的速率为 {bandwidth} GB/s，读写合计）：INT4，每组 128 个权重，单个 token，float16，"
     "层的形状取自 Llama；两个稀疏流各为 0.5 % 残差与 0.5 % 私有。"
     "{checked} 个随机用例中，有 {missed} 个偏离 float64 参考值。",
-    "bandwidth": "后来在同型号的卡上，memcpy 的拷贝速率为 {memcpy} GB/s，逐元素拷贝为 "
-    "{elementwise} GB/s。以较快者为准，表中的带宽占比应乘以 {ratio}。"
-    "此后内核有改动，尚未重新计时。",
-    "memory": "从 safetensors 分片拆分整个模型（随机权重，几何形状与原模型完全一致），"
+    "memory": "从 safetensors 分片处理整个模型（随机权重，几何形状与原模型完全一致），"
     "在 {card} 上，显存限制为 5.0 GiB（torch {torch}，{date}）：INT4，每组 128 个权重，"
-    "嵌入层与输出头 8 比特，残差 0.5 %。主机内存不计页缓存。",
+    "嵌入层与输出头 8 比特，残差 0.5 %，私有流 0.5 %；拆分（秒数、不计页缓存的主机内存、显存），"
+    "以 512 个 token 的提示运行并解码 32 个，再微调。",
     "model": "模型",
     "seconds": "秒",
     "host memory": "主机内存，MiB",
     "card memory": "显存，MiB",
-    "running it": "在 5.0 GiB 内运行",
+    "planned": "计划的运行显存，MiB",
+    "running it": "运行，MiB",
+    "tuning it": "微调私有流，MiB",
     "ran out of memory": "显存不足",
     "layer": "层",
     "base": "基座，µs",

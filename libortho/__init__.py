@@ -13,6 +13,7 @@ from .artifact import base_fingerprint, export_base, load, save
 from .card import model_card
 from .config import SeparationConfig, TuningConfig
 from .corpora import Corpus, load_corpus
+from .decoding import accelerate_decoding, restore_decoding
 from .errors import OrthoError
 from .hf import OrthoConfig
 from .linear import OrthoLinear
@@ -35,6 +36,7 @@ __all__ = [
     "SeparationConfig",
     "TuningConfig",
     "TuningReport",
+    "accelerate_decoding",
     "alpha",
     "base_fingerprint",
     "bits_per_linear_weight",
@@ -47,6 +49,7 @@ __all__ = [
     "load_records",
     "make_default_records",
     "model_card",
+    "restore_decoding",
     "save",
     "separate",
     "separate_shards",
