@@ -296,11 +296,14 @@ def set_alphas(layers: Sequence[OrthoLinear], value: float) -> None:
     """
     if not math.isfinite(value):
         raise ShapeError(f"alpha must be a finite real number; found {value}.")
+    value = float(value)
     groups = [[layer] if layer.siblings is None else layer.siblings.parts for layer in layers]
     layers = list(dict.fromkeys(layer for group in groups for layer in group))
-    scalars = [layer.alpha for layer in layers]
+    # Past `nn.Module`'s own ways to attributes, which for a few hundred layers take a millisecond.
+    scalars: list[Any] = [layer._buffers["alpha"] for layer in layers]
     torch._foreach_zero_(scalars)
-    torch._foreach_add_(scalars, float(value))
+    torch._foreach_add_(scalars, value)
     for layer in layers:
-        layer._alpha = float(value)
-        layer.refresh()
+        layer.__dict__["_alpha"] = value
+        if layer._held is not None:
+            layer.refresh()

@@ -29,7 +29,19 @@ def ortho_layers(model: nn.Module) -> dict[str, OrthoLinear]:
 
 def set_alpha(model: nn.Module, value: float) -> None:
     """Scale every private stream of the model by `value`, any finite real number."""
-    set_alphas(list(ortho_layers(model).values()), value)
+    set_alphas(_layers(model), value)
+
+
+def _layers(model: nn.Module) -> list[OrthoLinear]:
+    """`ortho_layers` without names, in any order: their names take longer than the switch."""
+    found, left = [], [model]
+    while left:
+        module = left.pop()
+        if isinstance(module, OrthoLinear):
+            found.append(module)
+        else:
+            left += [child for child in module._modules.values() if child is not None]
+    return found or list(ortho_layers(model).values())
 
 
 def get_alpha(model: nn.Module) -> float:

@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="Triton comes with PyTorch's CUDA builds; n
 
 from bench import sanitizer
 from bench.decode_models import GEOMETRIES, bytes_per_token, random_model, why_not
-from bench.decode_timings import Conditions, decode, switching
+from bench.decode_timings import AWAY, Conditions, decode, switching
 from bench.gpu_run import Run
 from bench.readme import FOLDER, KERNELS
 from bench.readme_kernels import decode_facts, decode_rows, kernel_facts, kernel_rows
@@ -71,7 +71,7 @@ def test_switching_is_seen(run: Run) -> None:
     found: dict[str, Any] = {}
     switching(CONDITIONS, "tiny", run, found)
     assert found["switched_back_is_the_same"]
-    far = found["changes"]["alpha -4"]
+    far = found["changes"][f"alpha {AWAY:g}"]
     assert far["next_logits_change"] > 0.1
     assert far["logits_before_beside_plain"] < 0.05
     assert far["next_logits_beside_plain"] is None or far["next_logits_beside_plain"] < 0.05
