@@ -102,7 +102,8 @@ ENGLISH: Catalogue = {
     "decoding": "Decoding on an {card} by `generate` at batch 1 and {context} tokens of context, "
     "Llama's exact geometry with random weights, {dtype} (torch {torch}, {date}; copies ran at "
     "{bandwidth} GB/s). Projected: the same share of an RTX 4050's 192 GB/s, not measured there. "
-    "Switching alpha takes {switch} ms and holds from the next token on.",
+    "Switching alpha took {switch} ms and holds from the next token on. The host was busy with "
+    "other work: what waits for it (NF4 as it is, first tokens, switching) is faster on a quiet one.",
     "tokens a second": "tokens/s",
     "first token": "first token, ms",
     "reserved": "reserved, MiB",
@@ -198,7 +199,8 @@ CHINESE: Catalogue = {
     "decoding": "{card} 上用 `generate` 解码（批大小 1，上下文 {context} 个 token）："
     "Llama 的真实形状与随机权重，{dtype}（torch {torch}，{date}；显存拷贝的速率为 {bandwidth} "
     "GB/s）。推算值：按 RTX 4050 的 192 GB/s 取同样的占比，并未在其上测量。"
-    "切换 alpha 用时 {switch} ms，从下一个 token 起生效。",
+    "切换 alpha 用时 {switch} ms，从下一个 token 起生效。当时主机另有负载：受主机限制的项"
+    "（原样的 NF4、首个 token、切换）在空闲主机上更快。",
     "tokens a second": "token/s",
     "first token": "首个 token，ms",
     "reserved": "预留显存，MiB",

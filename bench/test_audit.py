@@ -23,6 +23,7 @@ from libortho.artifact import BASE_FILE
 from libortho.attacks import default_attacks, relearning_attacks
 from libortho.attacks.dose import DOSES
 from libortho.audit_records import draw_references, make_audit_records, reshape_references
+from libortho.audit_request import ENOUGH
 from libortho.audit_results import AuditResult
 from libortho.audit_run import Keep, Plan, run_audit
 from libortho.config import SeparationConfig, TuningConfig
@@ -46,10 +47,10 @@ STEPS_TO_SEE_ALL = 5
 """Steps in which every record is seen once. With 200 records ten a step left three in four of them
 unlearned after 500 steps, and forty a step learned them all in 850."""
 
-PRIVATE = ("private by construction", "private as far as tested")
+PRIVATE = ENOUGH["tested"]
 EXPECTED: dict[str, tuple[str, ...]] = {
-    "ortho": PRIVATE[:1],
-    "qlora": PRIVATE[:1],
+    "ortho": ENOUGH["construction"],
+    "qlora": ENOUGH["construction"],
     "B0-never-trained": ("inconclusive",),  # nothing was learned, so nothing is switched off
     "B1-dense-int4": ("leaks",),
     "B2-random-slots": ("private by construction", "inconclusive"),  # chance may learn too little
@@ -221,7 +222,7 @@ def test_verdict(method: str, audits: Audits) -> None:
         result = audits.of(method)
     except HardwareError as error:
         pytest.skip(str(error))
-    expected = EXPECTED.get(method, ("private by construction", "private as far as tested"))
+    expected = EXPECTED.get(method, PRIVATE)
     assert result.verdict in expected, (
         f"{method} is judged {result.verdict!r}: {result.verdict_reason}. Known: "
         f"{' or '.join(expected)}."
@@ -285,7 +286,7 @@ def judge(ortho_settings: Settings) -> Callable[[AuditResult], str]:
     """Why a verdict is not enough for --require-verdict, or nothing."""
 
     def why_not(result: AuditResult) -> str:
-        enough = PRIVATE[:1] if ortho_settings.require_verdict == "construction" else PRIVATE
+        enough = ENOUGH[ortho_settings.require_verdict]
         if result.verdict in enough:
             return ""
         return (
