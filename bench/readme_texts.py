@@ -103,7 +103,8 @@ ENGLISH: Catalogue = {
     "Llama's exact geometry with random weights, {dtype} (torch {torch}, {date}; copies ran at "
     "{bandwidth} GB/s). Projected: the same share of an RTX 4050's 192 GB/s, not measured there. "
     "Switching alpha took {switch} ms and holds from the next token on. The host was busy with "
-    "other work: what waits for it (NF4 as it is, first tokens, switching) is faster on a quiet one.",
+    "other work: what waits for it (NF4 as it is, first tokens, switching) is faster when it is "
+    "not.",
     "tokens a second": "tokens/s",
     "first token": "first token, ms",
     "reserved": "reserved, MiB",
