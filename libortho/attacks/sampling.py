@@ -24,7 +24,7 @@ DRAWS = 4
 CLOSED_FORM_DRAWS = 100_000
 """Draws for which the expected number of secrets is stated: what a patient attacker can afford."""
 
-SAMPLING_RECORDS = 25
+SAMPLING_RECORDS = 15
 """Planted records that are really drawn for."""
 
 _ROWS = 64

@@ -23,7 +23,7 @@ from libortho.attacks.target import Asked, Target
 BEAMS = 8
 """Texts that are searched at once, and guesses that the attacker has for each record."""
 
-SEARCH_RECORDS = 25
+SEARCH_RECORDS = 15
 """Planted records that are searched for: each takes the work of `BEAMS` generations."""
 
 _ROWS = 64
