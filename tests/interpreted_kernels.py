@@ -199,6 +199,22 @@ def test_float32_masters_of_a_stream_in_tuning_are_read() -> None:
     torch.testing.assert_close(made.double(), reference(operands), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("alike", [True, False])
+def test_streams_that_are_a_part_of_larger_ones_are_composed(alike: bool) -> None:
+    """As those of layers that are fused, or of a weight that is composed part by part."""
+    generator = torch.Generator().manual_seed(5)
+    lattice = quantize(torch.randn(5, 64, generator=generator), search=False)
+    rows = slice(3, 8)
+    residual, private = (
+        tuple(part[:, rows] for part in make_stream(64, 11 if alike else size, slots, size))
+        for size, slots in ((11, 2), (9, 3))
+    )
+    assert (residual[0].stride() == private[0].stride()) is alike
+    operands = lattice, residual, private, torch.tensor(0.5)
+    made = compose(*operands, torch.float32)
+    torch.testing.assert_close(made.double(), reference(operands), rtol=1e-6, atol=1e-6)
+
+
 # --- between the products ------------------------------------------------------------------------
 
 

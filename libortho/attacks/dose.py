@@ -25,7 +25,7 @@ from libortho.switch import alpha, dense_weights
 DOSES = (-1.0, -0.5, 0.1, 0.25, 0.5, 0.75)
 """Values of alpha between and beyond 0 and 1, which an audit measures anyway."""
 
-DOSE_RECORDS = 25
+DOSE_RECORDS = 15
 """Planted records that are asked about at each alpha, and as many twins."""
 
 

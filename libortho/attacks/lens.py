@@ -21,7 +21,7 @@ from libortho.errors import SeparationError
 LENS_LAYERS = 8
 """Intermediate layers that are looked into, spread evenly: neighbours differ by one block."""
 
-LENS_RECORDS = 80
+LENS_RECORDS = 40
 """Planted records whose hidden states are looked into."""
 
 _TOKENS = 512

@@ -219,9 +219,14 @@ def compose(
 ) -> Tensor:
     """base + residual + alpha * private, `[out, in]`, summed in float32 and rounded to `dtype`.
 
-    Arguments as in `decode`, but streams may be columns `[k, out]` of larger ones, all of the same
-    size; alpha is read by the kernel, and at 0 the private stream is not.
+    Arguments as in `decode`, but streams may be columns `[k, out]` of larger ones: if they are of
+    one size they are read where they lie. alpha is read by the kernel, and at 0 the private stream
+    is not.
     """
+    strides = {part.stride() for part in (*residual, *private) if part.shape[0]}
+    if len(strides) > 1 or any(stride[1] != 1 for stride in strides):
+        residual = residual[0].contiguous(), residual[1].contiguous()
+        private = private[0].contiguous(), private[1].contiguous()
     shape = (lattice.packed.shape[0], lattice.in_features)
     weight = torch.empty(shape, dtype=dtype, device=lattice.packed.device)
     grid, arguments = compose_arguments(lattice, residual, private, alpha, weight)
