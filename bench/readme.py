@@ -25,6 +25,8 @@ FOLDER = Path(__file__).parent / "results"
 BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
 CARD_RUN, KERNELS, DECODE = "h100-enwiki.json", "h100-kernels.json", "h100-decode.json"
 """A run of both experiments on a card; `gpu_kernels.py` and `gpu_decode.py` on the same kind."""
+AUDIT_COSTS = ("cpu-audit-50.json", "cpu-audit-100.json", "cpu-audit-200.json")
+"""Audits of one saved artefact by numbers of records; what it had learned doesn't count here."""
 AUDITS, MEMORY = "h100-audits.json", "h100-memory.json"
 """Of the same kind of card: `audits.py`, `gpu_memory.py`."""
 RUNS = ("cpu-enwiki.json", "cpu-wikitext2.json")
@@ -43,6 +45,7 @@ def render(readme: str = "README.md") -> str:
         _throughput(runs[0], words),
         _card(read_results(FOLDER / CARD_RUN), words),
         _audits(read_results(FOLDER / AUDITS), words),
+        _audit_costs([read_results(FOLDER / name) for name in AUDIT_COSTS], words),
         _memory(_measured(MEMORY), words),
         _decoding(_measured(DECODE), words),
         _kernels(_measured(KERNELS), words),
@@ -72,6 +75,20 @@ def _audits(run: Results, words: Catalogue) -> str:
     )
     header = [words[name] for name in names]
     return "\n".join([said, "", *_table(header, audit_rows(run, words))])
+
+
+def _audit_costs(runs: Sequence[Results], words: Catalogue) -> str:
+    where = runs[0].provenance
+    audits = [run.audits[0] for run in runs]
+    return words["audit costs"].format(
+        cores=where.cpu_cores,
+        cpu=where.cpu_model,
+        dtype=where.compute_dtype,
+        torch=where.torch,
+        date=where.timestamp_utc[:10],
+        seconds=words["between"].join(f"{sum(a.seconds.values()):.0f}" for a in audits),
+        records=words["between"].join(str(a.n_planted) for a in audits),
+    )
 
 
 def _memory(found: dict[str, Any], words: Catalogue) -> str:
