@@ -164,8 +164,9 @@ CHINESE: Catalogue = {
     "（{records}）与同样多的孪生记录。训练一栏：每步记录数 × 最多步数；配方不同的行不可相互比较。"
     "损失为每个秘密 token 的 nat 数，暴露度以比特计，最大为 3。所有检验（含攻击）共享 5 % 的"
     "错误率（Holm）。",
-    "audit costs": "在 {cpu} 的 {cores} 个核心上以 {dtype} 计算（torch {torch}，{date}），对已保存的产物"
-    "做一次这样的审计（不含 `--relearn`）用时 {seconds} 秒，植入记录为 {records} 条，孪生记录同样多。",
+    "audit costs": "在 {cpu} 的 {cores} 个核心上以 {dtype} 计算（torch {torch}，{date}），"
+    "对已保存的产物做一次这样的审计（不含 `--relearn`）用时 {seconds} 秒，"
+    "植入记录为 {records} 条，孪生记录同样多。",
     "between": "、",
     "method": "方法",
     "trained": "训练",
