@@ -25,6 +25,8 @@ FOLDER = Path(__file__).parent / "results"
 BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
 CARD_RUN, KERNELS, DECODE = "h100-enwiki.json", "h100-kernels.json", "h100-decode.json"
 """A run of both experiments on a card; `gpu_kernels.py` and `gpu_decode.py` on the same kind."""
+HEADS = ("cpu-head-16.json", "cpu-head-8.json")
+"""Experiment 2 with embedding and head in 16 bits and in 8, otherwise alike."""
 AUDIT_COSTS = ("cpu-audit-50.json", "cpu-audit-100.json", "cpu-audit-200.json")
 """Audits of one saved artefact by numbers of records; what it had learned doesn't count here."""
 AUDITS, MEMORY = "h100-audits.json", "h100-memory.json"
@@ -42,6 +44,7 @@ def render(readme: str = "README.md") -> str:
         _conditions(runs[0], words),
         _kill_switch(runs[0], words),
         _null_test(runs, words),
+        _heads([read_results(FOLDER / name) for name in HEADS], words),
         _throughput(runs[0], words),
         _card(read_results(FOLDER / CARD_RUN), words),
         _audits(read_results(FOLDER / AUDITS), words),
@@ -195,6 +198,18 @@ def _cells(arm: ArmResult, words: Catalogue) -> tuple[str, str]:
     if arm.ppl is None:
         return words["not measured because"].format(reason=arm.reasons["ppl"]), ""
     return f"{arm.ppl:.2f}", f"{arm.ratio:.3f} [{arm.ratio_low95:.3f}, {arm.ratio_high95:.3f}]"
+
+
+def _heads(runs: Sequence[Results], words: Catalogue) -> str:
+    wide, packed = (run.exp2_null_test for run in runs)
+    assert wide is not None
+    assert packed is not None
+    where = runs[0].provenance
+    ratios = {}
+    for bits, test in (("16", wide), ("8", packed)):
+        for arm in ("alpha1", "alpha0"):
+            ratios[f"{arm}_{bits}"] = " ".join(_cells(test.arms[arm], words)[1:])
+    return words["heads"].format(dtype=where.compute_dtype, corpus=wide.corpus, **ratios)
 
 
 def _throughput(run: Results, words: Catalogue) -> str:

@@ -41,6 +41,9 @@ ENGLISH: Catalogue = {
     "ratio": "ratio",
     "not measured because": "not measured: {reason}",
     "not measured": "not measured",
+    "heads": "What an 8-bit embedding and head (`--head-bits 8`) cost beside 16 bits, on {corpus} "
+    "in {dtype}: ratios of {alpha1_8} beside {alpha1_16} at alpha = 1, and of {alpha0_8} beside "
+    "{alpha0_16} at alpha = 0.",
     # Throughput
     "throughput": "Throughput at batch 1 on that CPU: prefill of 512 tokens, `generate` of 16 "
     "tokens after 16. Our arms hold their composed weights in memory here, as large as the "
@@ -150,6 +153,9 @@ CHINESE: Catalogue = {
     "ratio": "比值",
     "not measured because": "未测量：{reason}",
     "not measured": "未测量",
+    "heads": "8 比特的嵌入层与输出头（`--head-bits 8`）相对 16 比特的代价（{corpus}，{dtype}）："
+    "alpha = 1 时的比值为 {alpha1_8}，后者为 {alpha1_16}；"
+    "alpha = 0 时为 {alpha0_8}，后者为 {alpha0_16}。",
     "throughput": "同一 CPU 上批大小为 1 的吞吐量：prefill 为 512 个 token，"
     "`generate` 在 16 个 token 之后再生成 16 个。"
     "此处我们的各组把合成后的权重留在内存里，与未量化的权重一样大。",
