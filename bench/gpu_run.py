@@ -56,7 +56,7 @@ class Run:
             measure(self, found)
         except Exception as error:
             found["failed"] = f"{type(error).__name__}: {error}"[:2000]
-            found["traceback"] = traceback.format_exc()[-4000:]
+            traceback.print_exc()
             self.lines.append(f"{name}: FAILED {type(error).__name__}: {str(error)[:300]}")
         self.found["section_seconds"][name] = round(time.monotonic() - began, 1)
         self.write()

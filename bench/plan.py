@@ -43,12 +43,19 @@ def plan_of(settings: Settings) -> Plan:
         settings.profile,
         settings.device,
         settings.head_bits,
+        checkpoint is None,
     )
 
 
 @lru_cache
 def _plan(
-    model: str, bits: int, strict: bool, profile: str, device: str, head_bits: int | None
+    model: str,
+    bits: int,
+    strict: bool,
+    profile: str,
+    device: str,
+    head_bits: int | None,
+    tuned_here: bool,
 ) -> Plan:
     entry = REGISTRY.get(model) or _entry_of_folder(Path(model).expanduser())
     if entry is None:  # a hub id: its geometry is known only once it is fetched
@@ -65,6 +72,7 @@ def _plan(
         sequence_length=conditions.sequence_length,
         batch_size=conditions.batch_size,
         host_gib=None if on_card else hardware.cpu_facts().total_gib,
+        tuned_here=tuned_here,
     )
     name = model if choice.entry is entry else choice.entry.name
     return Plan(name, choice.recipe, choice.notes)

@@ -14,9 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.memory_stages import CONTEXT, GEOMETRIES, PLANNED
 from bench.readme_audits import audit_rows
 from bench.readme_kernels import decode_facts, decode_rows, kernel_facts, kernel_rows
 from bench.readme_texts import CATALOGUES, Catalogue
+from libortho.budget import run_budget
 from libortho.files import atomic_write_text
 from libortho.results import ArmResult, Results, read_results
 
@@ -101,7 +103,8 @@ def _memory(found: dict[str, Any], words: Catalogue) -> str:
         outcome, planned = words["not measured"], ""
         if "peak_reserved_mib" in ran:
             outcome = f"{ran['peak_reserved_mib']:,.0f}"
-            planned = f"{ran['predicted_mib']['total_mib']:,.0f}"
+            tokens = CONTEXT + ran["new_tokens"]
+            planned = f"{run_budget(GEOMETRIES[model], PLANNED, tokens).total_mib:,.0f}"
         elif "OutOfMemory" in ran.get("failed", ""):
             outcome = words["ran out of memory"]
         tuned = found[model].get("tune", {}).get("probe", {}).get("memory", {})

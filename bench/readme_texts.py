@@ -61,7 +61,8 @@ ENGLISH: Catalogue = {
     "records ({records}) and as many twins. Trained: records a step times steps at most; a row "
     "with another recipe than its neighbour's is not to be compared with it. Losses in nats per "
     "secret token, exposure in bits of 3. Tests share an error rate of 5 % (Holm), attacks "
-    "included.",
+    "included. Since then attacks ask about fewer records, and a difference of a thousandth of a "
+    "nat counts as none.",
     "audit costs": "Such an audit of a saved artefact, without `--relearn`, took {seconds} seconds "
     "for {records} planted records and as many twins, on {cores} cores of an {cpu} in {dtype} "
     "(torch {torch}, {date}).",
@@ -111,7 +112,7 @@ ENGLISH: Catalogue = {
     "{bandwidth} GB/s). Projected: the same share of an RTX 4050's 192 GB/s, not measured there. "
     "Switching alpha took {switch} ms and holds from the next token on. The host was busy with "
     "other work: what waits for it (NF4 as it is, first tokens, switching) is faster when it is "
-    "not.",
+    "not. Ours chose its kernels' configs before the table below was measured.",
     "tokens a second": "tokens/s",
     "first token": "first token, ms",
     "reserved": "reserved, MiB",
@@ -169,7 +170,7 @@ CHINESE: Catalogue = {
     "audits": "在 {card} 上对 {model} 的审计，{dtype}（torch {torch}，{date}），{n} 条植入记录"
     "（{records}）与同样多的孪生记录。训练一栏：每步记录数 × 最多步数；配方不同的行不可相互比较。"
     "损失为每个秘密 token 的 nat 数，暴露度以比特计，最大为 3。所有检验（含攻击）共享 5 % 的"
-    "错误率（Holm）。",
+    "错误率（Holm）。此后攻击询问的记录有所减少，千分之一 nat 以内的差异不再计入。",
     "audit costs": "在 {cpu} 的 {cores} 个核心上以 {dtype} 计算（torch {torch}，{date}），"
     "对已保存的产物做一次这样的审计（不含 `--relearn`）用时 {seconds} 秒，"
     "植入记录为 {records} 条，孪生记录同样多。",
@@ -215,7 +216,7 @@ CHINESE: Catalogue = {
     "Llama 的真实形状与随机权重，{dtype}（torch {torch}，{date}；显存拷贝的速率为 {bandwidth} "
     "GB/s）。推算值：按 RTX 4050 的 192 GB/s 取同样的占比，并未在其上测量。"
     "切换 alpha 用时 {switch} ms，从下一个 token 起生效。当时主机另有负载：受主机限制的项"
-    "（原样的 NF4、首个 token、切换）在空闲主机上更快。",
+    "（原样的 NF4、首个 token、切换）在空闲主机上更快。我们的内核配置选定于下表测量之前。",
     "tokens a second": "token/s",
     "first token": "首个 token，ms",
     "reserved": "预留显存，MiB",

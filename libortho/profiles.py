@@ -269,6 +269,7 @@ def choose(
     batch_size: int = 1,
     host_gib: float | None = None,
     host_bytes_per_parameter: int = 2,
+    tuned_here: bool = True,
 ) -> Choice:
     """What to run on a card of that size, or, with None, in host memory.
 
@@ -276,7 +277,7 @@ def choose(
     to the largest that does. From 8 GB on nothing is changed silently: the error names what fits.
     Either way embedding and head go to 8 bits, groups become larger and the private stream smaller
     where only that makes a model fit, and the notes say so. `host_gib` defaults to the host memory
-    available now.
+    available now; `tuned_here` is False for a model that is tuned already.
 
     Raises `HardwareError` if nothing fits, if a replacement was needed and `strict` forbids it, or
     if the linear weights alone, at 4 bits, exceed the memory: no option makes such a model fit, and
@@ -291,7 +292,7 @@ def choose(
         "sequence_length": sequence_length,
         "batch_size": batch_size,
         "head_bits": head_bits,
-        "tuned_here": True,
+        "tuned_here": tuned_here,
     }
     fit = fits(entry, usable, bits, **run)
     if fit.ok:

@@ -310,6 +310,15 @@ def test_a_forward_that_cannot_be_captured_runs_as_it_is(
     assert "not permitted" in caplog.text
 
 
+def test_projections_stay_apart_where_that_is_asked_for(
+    separated_model: Callable[..., Model],
+) -> None:
+    for fuse in (False, True):
+        model = accelerate_decoding(private_of(separated_model()), fuse=fuse)
+        layers = [module for module in model.modules() if isinstance(module, OrthoLinear)]
+        assert any(layer.siblings is not None for layer in layers) is fuse
+
+
 def test_it_can_be_undone_and_copied(captures: list[int], tiny_model: Callable[..., Model]) -> None:
     model = accelerate_decoding(tiny_model())
     generate(model)

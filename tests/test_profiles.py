@@ -143,6 +143,8 @@ def test_an_8b_model_runs_in_six_gigabytes_and_is_not_tuned_there() -> None:
     choice = profiles.choose(LLAMA_8B, 6.0, 4)
     assert choice.entry is LLAMA_3B
     assert "it would run" in choice.notes[0]
+    brought = profiles.choose(LLAMA_8B, 6.0, 4, strict=True, tuned_here=False)
+    assert (brought.entry, brought.recipe) == (LLAMA_8B, lean)
     assert profiles.fits(LLAMA_3B, 5.0, 4, tuned_here=True).ok  # as it was, measured
 
 

@@ -60,43 +60,6 @@ def tune(tokenizer: PreTrainedTokenizerFast, public_text: list[str]) -> Tune:
     return run
 
 
-def test_out_of_memory_splits_a_step_and_changes_nothing_else(
-    separated_model: Factory, tune: Tune, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = separated_model()
-    settings = {"steps": 4, "records_per_step": len(RECORDS), "slots": "gradient", "seed": 3}
-    whole = tune(model, **settings)
-    expected = [layer.private_values.clone() for layer in ortho_layers(model).values()]
-    sizes: list[int] = []
-    step_losses = Trainer.step_losses
-
-    def short_of_memory(self: Trainer, indices: Any, window: int | None) -> Any:
-        sizes.append(len(indices))
-        losses, kl = step_losses(self, indices, window)
-        if len(indices) > 1:
-            (losses.sum() + kl).backward()  # what is there already must not count
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return losses, kl
-
-    monkeypatch.setattr(Trainer, "step_losses", short_of_memory)
-    split = tune(model, **settings)
-    n = len(RECORDS)
-    assert sizes[0] == n
-    assert sizes[-4 * n + n :] == [1] * (3 * n)  # what didn't fit isn't tried again
-    assert [c.secret_loss for c in split.curve] == pytest.approx(
-        [c.secret_loss for c in whole.curve], rel=1e-3
-    )
-    for layer, values in zip(ortho_layers(model).values(), expected, strict=True):
-        torch.testing.assert_close(layer.private_values, values, rtol=2e-2, atol=2e-3)
-
-    def full(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-    monkeypatch.setattr(Trainer, "step_losses", full)
-    with pytest.raises(HardwareError, match="not even one sequence fits"):
-        tune(model, **settings)
-
-
 def snapshot(model: LlamaForCausalLM) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
@@ -485,3 +448,40 @@ def test_without_room_for_dense_weights_the_same_is_learned(
     for ours, theirs in zip(found.curve, expected.curve, strict=True):
         assert ours.secret_loss == pytest.approx(theirs.secret_loss, rel=1e-3)
     assert found.worst_loss == pytest.approx(expected.worst_loss, rel=1e-3)
+
+
+def test_out_of_memory_splits_a_step_and_changes_nothing_else(
+    separated_model: Factory, tune: Tune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = separated_model()
+    settings = {"steps": 4, "records_per_step": len(RECORDS), "slots": "gradient", "seed": 3}
+    whole = tune(model, **settings)
+    expected = [layer.private_values.clone() for layer in ortho_layers(model).values()]
+    sizes: list[int] = []
+    step_losses = Trainer.step_losses
+
+    def short_of_memory(self: Trainer, indices: Any, window: int | None) -> Any:
+        sizes.append(len(indices))
+        losses, kl = step_losses(self, indices, window)
+        if len(indices) > 1:
+            (losses.sum() + kl).backward()  # what is there already must not count
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return losses, kl
+
+    monkeypatch.setattr(Trainer, "step_losses", short_of_memory)
+    split = tune(model, **settings)
+    n = len(RECORDS)
+    assert sizes[0] == n
+    assert sizes[-3 * n :] == [1] * (3 * n)  # what didn't fit isn't tried again
+    assert [c.secret_loss for c in split.curve] == pytest.approx(
+        [c.secret_loss for c in whole.curve], rel=1e-3
+    )
+    for layer, values in zip(ortho_layers(model).values(), expected, strict=True):
+        torch.testing.assert_close(layer.private_values, values, rtol=2e-2, atol=2e-3)
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(Trainer, "step_losses", full)
+    with pytest.raises(HardwareError, match="not even one sequence fits"):
+        tune(model, **settings)
