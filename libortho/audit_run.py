@@ -198,7 +198,15 @@ def _dosed(states: TwoStates, records: RecordSet, plan: Plan) -> tuple[DosePoint
             windows = token_windows(
                 states.tokenizer, plan.public_text, count=DOSE_WINDOWS, length=length, fewer=True
             )
-        return dose_curve(on, states.tokenizer, records, alphas=plan.doses, windows=windows)
+        assert states.dial is not None  # asked before
+        return dose_curve(
+            on,
+            states.tokenizer,
+            records,
+            alphas=plan.doses,
+            dial=states.dial,
+            windows=windows,
+        )
 
 
 def _references(

@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from libortho import artifact
+from libortho.audit_run import Plan, run_audit
 from libortho.config import SeparationConfig, TuningConfig
 from libortho.corpora import Corpus, Split
 from libortho.errors import ConfigError
@@ -277,6 +278,17 @@ def test_the_dial_goes_from_off_to_on(
     assert losses[0] > losses[2] > losses[3]
     with found.at(-1.0) as model:
         assert planted_loss(model, ingredients, found.tokenizer) not in losses
+
+
+@pytest.mark.parametrize("name", ["ortho", "qlora"])
+def test_an_audit_turns_the_methods_own_dial(
+    name: str, prepared: dict[str, TwoStates], ingredients: Ingredients
+) -> None:
+    plan = Plan(doses=(0.0, 1.0))
+    found = run_audit(prepared[name], ingredients.records, plan, model="tiny", config={})
+    first, last = found.dose_curve
+    assert first.loss_planted > last.loss_planted
+    assert found.fingerprint_off == found.fingerprint_without_records
 
 
 def test_the_dial_is_given_back(prepared: dict[str, TwoStates]) -> None:

@@ -7,7 +7,8 @@ as well) and calibrates the attacks: a trace of the size that they see at alpha 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from libortho.attacks.attack import Cost
 from libortho.attacks.comparison import Rate
 from libortho.attacks.passes import BATCH_SIZE, metered
 from libortho.attacks.target import Target
+from libortho.linear import OrthoLinear
 from libortho.perplexity import measure_perplexity
 from libortho.records import RecordSet
 from libortho.switch import alpha, dense_weights
@@ -54,17 +56,20 @@ def dose_curve(
     records: RecordSet,
     *,
     alphas: Sequence[float] = DOSES,
+    dial: Callable[[Any, float], AbstractContextManager[Any]] = alpha,
     count: int | None = DOSE_RECORDS,
     windows: Tensor | None = None,
     seed: int = 0,
     batch_size: int = BATCH_SIZE,
 ) -> tuple[DosePoint, ...]:
-    """Measure a separated model with a private stream at each alpha, which then is as before.
+    """Measure a model at each alpha, which then is as before.
 
+    dial: sets alpha for a block; `switch.alpha` is for separated models
     count: planted records that are asked about, chosen by `seed`; None = all
     windows: int64 `[count, length]` of public text, for perplexity
 
-    Raises `SeparationError` for a model that is not separated and `RecordError` as `Target` does.
+    Raises `RecordError` as `Target` does, and what the dial raises: `switch.alpha` a
+    `SeparationError` for a model that is not separated.
     """
     target = Target(model, tokenizer, records, batch_size=batch_size)
     chosen = target.choose(count, seed)
@@ -72,9 +77,10 @@ def dose_curve(
     planted = [target.asked[i].planted for i in chosen]
     tokens = [len(target.asked[i].secret_ids) for i in chosen]
     points = []
-    with dense_weights(model, model.dtype):
+    separated = any(isinstance(module, OrthoLinear) for module in model.modules())
+    with dense_weights(model, model.dtype) if separated else nullcontext():
         for value in tqdm(alphas, desc="dose curve", unit="alpha", disable=None, leave=False):
-            with alpha(model, value), metered(model) as cost:
+            with dial(model, value), metered(model) as cost:
                 nats, hits = target.score(encoded)
                 ppl = None if windows is None else measure_perplexity(model, windows).ppl
             losses = [-n / size for n, size in zip(nats, tokens, strict=True)]
