@@ -28,7 +28,7 @@ PROJECTED_GB_PER_S = 192.0
 """Bandwidth of an RTX 4050 laptop's memory."""
 SWITCH_AT = 8
 """Decoded tokens after which alpha is switched."""
-AWAY = -100.0
+AWAY = -1000.0
 """An alpha at which random weights' logits resemble those at 1 no more."""
 
 

@@ -25,7 +25,8 @@ from libortho.kernels import int4pack
 from libortho.kernels.attention import attend
 from libortho.kernels.compose import compose
 from libortho.kernels.decode import decode
-from libortho.kernels.pointwise import gated, rms_norm, rotate
+from libortho.kernels.overlap import overlapped, why_not
+from libortho.kernels.pointwise import gated, rms_norm, rotate, write
 from libortho.linear import OrthoLinear, set_alphas
 from libortho.product import backend_of, lattice_of
 
@@ -98,6 +99,8 @@ def check_random(run: Run, found: dict[str, Any]) -> None:
 
 BETWEEN = ((1, 1, 512), (2, 1, 777), (1, 1, 5000), (3, 1, 64))
 """Sequences, tokens and length of the cache of each check of what lies between the products."""
+CHAIN, CHAIN_ROUNDS = 24, 50
+"""Blocks of a chain of launches, and inputs that it is replayed with."""
 
 
 def check_between(run: Run, found: dict[str, Any]) -> None:
@@ -140,9 +143,60 @@ def check_between(run: Run, found: dict[str, Any]) -> None:
             )
             expected = (scores.softmax(-1) @ known[1]).transpose(1, 2)
             note("attention", dtype, attend(q, keys, values, mask, dim**-0.5), expected)
+            new = [draw(batch, 1, 2 * key_heads, dim).transpose(1, 2) for _ in range(2)]
+            new = [t[:, key_heads:] for t in new]  # strided, as parts of a fused product are
+            expected = torch.cat([keys, values], 1).double()
+            expected[:, :, length // 2] = torch.cat(new, 1).double()[:, :, 0]
+            write(keys, values, *new, torch.tensor([length // 2], device="cuda"))
+            together = torch.cat([keys, values], 1).double()
+            note("cache", dtype, together.nan_to_num(0), expected.nan_to_num(0))
     wrong = [k for k, error in worst.items() if not error <= 2 * TOLERANCE[k.split()[1]]]
     found.update(worst=worst, wrong=wrong)
     run.lines.append(f"between products: {len(wrong)} of {len(worst)} wrong; {worst}")
+
+
+def check_overlap(run: Run, found: dict[str, Any]) -> None:
+    """A chain of launches that overlap gives, at each replay, the bits that it gives in turn."""
+    reason = why_not(torch.device("cuda", 0))
+    if reason is not None:
+        found["skipped"] = reason
+        return
+    width = 4096
+    up, down = (Case(*s, dtype="bfloat16") for s in ((2 * 3 * width, width), (width, 3 * width)))
+    layers = [
+        (random_layer(up.with_streams(0.005), 2 * i), random_layer(down.with_streams(0.005), i))
+        for i in range(3)
+    ]
+    weight, wider = (torch.ones(n, device="cuda").bfloat16() for n in (width, 3 * width))
+    x = torch.randn(1, width, device="cuda").bfloat16()
+
+    def chain() -> Tensor:
+        y = x
+        for i in range(CHAIN):
+            wide, narrow = layers[i % len(layers)]
+            gate, value = wide(rms_norm(y, weight, 1e-5)).split(3 * width, -1)
+            y = narrow(rms_norm(gated(gate, value), wider, 1e-5))
+        return y
+
+    with torch.no_grad():
+        in_turn = capture([chain], 1)
+        with overlapped(x.device):
+            together = capture([chain], 1)
+    different, took = 0, {"in_turn_us": [], "overlapped_us": []}
+    for seed in range(CHAIN_ROUNDS):
+        generator = torch.Generator("cuda").manual_seed(seed)
+        x.copy_(torch.randn(1, width, device="cuda", generator=generator))
+        took["in_turn_us"].append(in_turn.replay_us())
+        took["overlapped_us"].append(together.replay_us())
+        different += not torch.equal(in_turn.results[0], together.results[0])
+    finite = bool(in_turn.results[0].isfinite().all())
+    found.update(chains=CHAIN_ROUNDS, different=different, finite=finite)
+    found |= {name: statistics.median(values) for name, values in took.items()}
+    run.lines.append(
+        f"overlapped launches: {different} of {CHAIN_ROUNDS} chains of {4 * CHAIN} launches differ "
+        f"(finite: {finite}); {found['in_turn_us']:.0f} us in turn, "
+        f"{found['overlapped_us']:.0f} us overlapped"
+    )
 
 
 def _weight_of(layer: OrthoLinear) -> Tensor:

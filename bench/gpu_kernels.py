@@ -22,6 +22,7 @@ from bench.gpu_checks import (
     CASES_SEED,
     check_between,
     check_layer,
+    check_overlap,
     check_random,
     check_switching,
 )
@@ -81,6 +82,7 @@ def _several_cases() -> list[Case]:
 SECTIONS: dict[str, tuple[Section, Callable[[], list[Case]]]] = {
     "random cases": (check_random, _check_cases),
     "between products": (check_between, list),
+    "overlap": (check_overlap, list),
     "switching": (check_switching, list),
     "8B, 1 token": (single_token("8B"), lambda: _single_cases("8B")),
     "fused, 1 token": (single_token("fused"), lambda: _single_cases("fused")),

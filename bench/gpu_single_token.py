@@ -13,9 +13,10 @@ import torch
 
 from bench.gpu_run import REPLAYS, Run, Section, capture, operand_sets
 from bench.gpu_timings import DENSITY, SHAPES, bare, calls, peers, share, short, timed
-from bench.kernel_cases import Case
+from bench.kernel_cases import Case, Operands
 from libortho.kernels import autotune
 from libortho.kernels.configs import DecodeConfig, reasoned
+from libortho.kernels.overlap import overlapped
 
 FINALISTS = 3
 """Configs of each side that are timed again, in turn: the first round's order is partly noise."""
@@ -27,8 +28,9 @@ def single_token(family: str) -> Section:
     def measure(run: Run, found: dict[str, Any]) -> None:
         run.lines.append(
             f"{family}, 1 token, float16 | base us, of copy | with streams us, ratio of the best, "
-            "at the streams' config, at the base's; of copy | alpha 0 us | int4pack us | dense us "
-            "| rows, warps, words, prefetch; the base's"
+            "at the streams' config, at the base's; of copy | alpha 0 us | the same two, "
+            "overlapped, and their ratio | int4pack us | dense us "
+            "| rows, warps, words, prefetch, early; the base's"
         )
         for name, shape in SHAPES[family].items():
             if run.left_s < 10:
@@ -74,6 +76,10 @@ def _single_token(run: Run, plain: Case, name: str) -> dict[str, Any]:
         min((key for key in medians if key[0] == side), key=medians.__getitem__)[1]
         for side in ("base", "streams")
     )
+    # As a captured step launches them: each begins while the one ahead still runs.
+    in_a_row = _overlapped_us(
+        run, {"base": (plain, bare_sets, base_best), "streams": (case, sets, best)}
+    )
     silent = []
     for operands in sets:
         operands.alpha.zero_()
@@ -86,6 +92,7 @@ def _single_token(run: Run, plain: Case, name: str) -> dict[str, Any]:
         "base, the streams' config": medians.get(("base", best)),
         "streams, the base's config": medians.get(("streams", base_best)),
         "alpha 0": statistics.median(silent),
+        **{f"{side}, overlapped": value for side, value in in_a_row.items()},
     }
     base_share, streams_share = (
         share(run, c.bytes_read, us[key]) for c, key in ((plain, "base"), (case, "streams"))
@@ -96,11 +103,13 @@ def _single_token(run: Run, plain: Case, name: str) -> dict[str, Any]:
         "ratio_streams_to_base": us["streams"] / us["base"],
         "ratio_at_the_streams_config": _ratio(us["streams"], us["base, the streams' config"]),
         "ratio_at_the_bases_config": _ratio(us["streams, the base's config"], us["base"]),
+        "ratio_overlapped": _ratio(in_a_row["streams"], in_a_row["base"]),
     }
     run.lines.append(
         f"  {name:14s} | {us['base']:6.2f} {base_share:.0%} | {us['streams']:6.2f} "
         f"{' '.join(f'{r:.3f}' if r else '-' for r in ratios.values())} {streams_share:.0%} | "
-        f"{us['alpha 0']:6.2f} | {beside['int4pack_us']} | {beside['dense_us']} | "
+        f"{us['alpha 0']:6.2f} | {in_a_row['base']:.2f} {in_a_row['streams']:.2f} | "
+        f"{beside['int4pack_us']} | {beside['dense_us']} | "
         f"{short(best)}; {short(base_best)}"
     )
     return found | {
@@ -120,6 +129,23 @@ def _single_token(run: Run, plain: Case, name: str) -> dict[str, Any]:
         "reasoned": asdict(reasoned(case.shape, 1, processors)),
         "peers": beside,
     }
+
+
+def _overlapped_us(
+    run: Run, sides: dict[str, tuple[Case, list[Operands], DecodeConfig]]
+) -> dict[str, float]:
+    """Microseconds of a launch of each side, in turn, in graphs whose launches overlap."""
+    graphs = {}
+    for side, (case, sets, config) in sides.items():
+        problem = run.compiler.problem(replace(case, config=config, overlap=True), 30)
+        assert problem is None, problem
+        with overlapped(torch.device("cuda", 0)):
+            graphs[side] = capture(calls(sets, config))
+    times: dict[str, list[float]] = {side: [] for side in graphs}
+    for _ in range(2 * REPLAYS):
+        for side, captured in graphs.items():
+            times[side].append(captured.replay_us())
+    return {side: statistics.median(values) for side, values in times.items()}
 
 
 def _ratio(above: float | None, below: float | None) -> float | None:

@@ -223,7 +223,8 @@ def share(run: Run, moved_bytes: int, us: float) -> float:
 
 
 def short(config: DecodeConfig) -> str:
-    return f"{config.rows},{config.warps},{config.words},{'+' if config.prefetch else '-'}"
+    flags = f"{'+' if config.prefetch else '-'}{'e' if config.early else ''}"
+    return f"{config.rows},{config.warps},{config.words},{flags}"
 
 
 def _product(operands: Operands) -> Tensor:

@@ -24,7 +24,10 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 @dataclass(frozen=True)
 class Case:
-    """A product, or with `config` None a dense weight; slots are entries of a row."""
+    """A product, or with `config` None a dense weight; slots are entries of a row.
+
+    overlap: whether its launch overlaps with others (`libortho.kernels.overlap`)
+    """
 
     out_features: int
     in_features: int
@@ -36,6 +39,7 @@ class Case:
     dtype: str = "float16"
     has_bias: bool = False
     config: DecodeConfig | None = None
+    overlap: bool = False
 
     @property
     def shape(self) -> Shape:
@@ -152,6 +156,7 @@ def random_cases(count: int, seed: int) -> list[Case]:
             warps=rng.choice([1, 2, 4]),
             words=rng.choice([4, 2, 1] if tokens <= 2 else [2, 1]),
             prefetch=rng.random() < 0.5,
+            early=rng.random() < 0.5,
         )
         if word_layout(shape, config.words) is None:
             continue

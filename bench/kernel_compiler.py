@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from bench.kernel_cases import DTYPES, Case, Operands, Stream
 from libortho.kernels.compose import _compose_kernel, compose_arguments
 from libortho.kernels.decode import _decode_kernel, kernel_arguments
+from libortho.kernels.overlap import OVERLAPPED
 from libortho.lattice import Lattice, groups_per_row
 
 
@@ -72,7 +73,8 @@ def build(case: Case) -> Any:
         return _compose_kernel.warmup(grid=grid, **arguments)
     y = torch.empty((case.tokens, case.out_features), dtype=dtype, device="meta")
     grid, arguments = kernel_arguments(*operands, y, case.config)
-    return _decode_kernel.warmup(grid=grid, **arguments)
+    overlapping = OVERLAPPED if case.overlap else {}
+    return _decode_kernel.warmup(grid=grid, **arguments | overlapping)
 
 
 def aim_at(capability: int) -> None:

@@ -32,7 +32,7 @@ from .errors import ConfigError
 from .fusion import fuse_projections
 from .greedy import GreedyLoop, advance, is_greedy
 from .linear import OrthoLinear
-from .shortcuts import in_few_launches
+from .shortcuts import cache_writer, in_few_launches
 
 _WARM_UPS = 2
 """Forwards before a capture: kernels are compiled, and libraries take their workspaces."""
@@ -157,12 +157,16 @@ class _StepLayer(StaticLayer):
     keys: Tensor
     values: Tensor
     position: Tensor  # int64 [tokens]
+    write: Callable[..., None] | None  # both at once, if that can be
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        self.keys.index_copy_(2, self.position, key_states)
-        self.values.index_copy_(2, self.position, value_states)
+        if self.write is not None and key_states.dtype == self.keys.dtype:
+            self.write(self.keys, self.values, key_states, value_states, self.position)
+        else:
+            self.keys.index_copy_(2, self.position, key_states)
+            self.values.index_copy_(2, self.position, value_states)
         return self.keys, self.values
 
 
@@ -184,8 +188,9 @@ class _Step:
         tokens = inputs["input_ids"].shape[1]
         new = torch.arange(tokens, device=model.device)
         position = torch.empty_like(new)
+        write = cache_writer(model) if tokens == 1 else None
         for layer in self._cache.layers:
-            layer.__class__, layer.position = _StepLayer, position
+            layer.__class__, layer.position, layer.write = _StepLayer, position, write
         lengths = [layer.cumulative_length for layer in self._cache.layers]
         before = [length.clone() for length in lengths]
 

@@ -59,6 +59,24 @@ def product(layer: OrthoLinear, x: Tensor) -> Tensor:
     return op.product(x, *_weight(layer), layer.bias, *_format(layer))
 
 
+def product_plus(layer: OrthoLinear, x: Tensor, addend: Tensor) -> Tensor | None:
+    """`addend + product(layer, x)` in one launch; None where that takes more.
+
+    x: one row, `[..., in]`; addend: `[..., out]`, in the dtype of `x`. Rounded once, as the sum of
+    two rounded tensors is not.
+    """
+    one_row = x.numel() == layer.in_features and addend.numel() == layer.out_features
+    plain = layer.bias is None and layer._observer is None and layer.siblings is None
+    wanted = torch.is_grad_enabled() and x.requires_grad
+    if not one_row or not plain or wanted or layer.held_dtype is not None:
+        return None
+    if layer.bits == NO_LATTICE or backend_of(layer, 1, x.dtype).name != "triton-decode":
+        return None
+    # With one token the kernel's bias is as good a place as any for what is added.
+    y = op.product(x, *_weight(layer), addend.reshape(-1), *_format(layer))
+    return y.reshape(addend.shape)
+
+
 def composed(layer: OrthoLinear, dtype: torch.dtype, *, private: bool = True) -> Tensor:
     """base + residual, and alpha * private if asked: `[out, in]`, summed in float32."""
     if layer.bits != NO_LATTICE:

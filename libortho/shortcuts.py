@@ -1,13 +1,14 @@
 """Fewer launches between a step's products, put in place while a step is captured.
 
 transformers' Llama makes some 40 launches a layer besides its products: norms, the rotary
-embedding, the gate, attention with its repeated keys. While `in_few_launches` is open, a model that
-is run takes one or two for each. A shortcut is taken only where it gives what the model's own code
-gives, which is tried once; what isn't recognised stays as it is. After a capture nothing is left in
-place: a prompt is read by the model's own code.
+embedding, the gate, attention with its repeated keys, sums. While `in_few_launches` is open, a
+model that is run takes one or two for each, and they overlap (`kernels.overlap`). A shortcut is
+taken only where it gives what the model's own code gives, which is tried once; what isn't
+recognised stays as it is. After a capture nothing is left in place: a prompt is read by the model's
+own code.
 
 Knows transformers' models from outside: attributes of their modules, their attention interface, and
-the function that rotates queries and keys. Doesn't know the products.
+the function that rotates queries and keys. Doesn't know the products, but for one that adds.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .kernels import dispatch
+from .linear import OrthoLinear
+from .product import product_plus
 
 ROTARY = "apply_rotary_pos_emb"
 """Name of the function, in the module of a model, that rotates queries and keys."""
@@ -45,8 +48,11 @@ def in_few_launches(model: Any) -> Iterator[None]:
         log.info("decoding takes the model's own launches: %s", reason)
         yield
         return
+    from .kernels.overlap import overlapped  # noqa: PLC0415 - imports Triton
+
     undo: list[Callable[[], None]] = []
     try:
+        undo += _blocks(model)
         for module in model.modules():
             forward = _norm(module) or _gate(module)
             if forward is not None:
@@ -54,10 +60,23 @@ def in_few_launches(model: Any) -> Iterator[None]:
                 undo.append(functools.partial(module.__dict__.pop, "forward"))
         undo += _attention(model)
         undo += _rotary(model)
-        yield
+        with overlapped(model.device):
+            yield
     finally:
         for each in reversed(undo):
             each()
+
+
+def cache_writer(model: Any) -> Callable[..., None] | None:
+    """What puts a new key and value into a cache by one launch (`kernels.pointwise.write`).
+
+    None where the cache's own two have to do.
+    """
+    if why_not(model) is not None:
+        return None
+    from .kernels.pointwise import write  # noqa: PLC0415 - imports Triton
+
+    return write
 
 
 def why_not(model: Any) -> str | None:
@@ -67,6 +86,85 @@ def why_not(model: Any) -> str | None:
     if model.dtype not in _HALVES:
         return f"the kernels are for float16 and bfloat16, not {model.dtype}"
     return dispatch.why_no_triton(model.device)
+
+
+# --- blocks -------------------------------------------------------------------------------------
+
+
+class _Adds:
+    """In place of a separated layer's forward: also adds what was left with it beforehand."""
+
+    def __init__(self, layer: OrthoLinear) -> None:
+        self._layer = layer
+        self.addend: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.addend is not None:
+            y = product_plus(self._layer, x, self.addend)
+            if y is not None:
+                self.addend = None
+                return y
+        return OrthoLinear.forward(self._layer, x)
+
+
+def _blocks(model: Any) -> list[Callable[[], None]]:
+    """Answer for the forward of blocks that are two sums: of attention and of what follows it."""
+    found = [module for module in model.modules() if _is_block(module)]
+    undo: list[Callable[[], None]] = []
+    for block in found:
+        for layer in (block.self_attn.o_proj, block.mlp.down_proj):
+            layer.forward = _Adds(layer)
+            undo.append(functools.partial(layer.__dict__.pop, "forward"))
+    if not found or not _sums_are_the_same(model, found[0]):
+        for each in undo:
+            each()
+        return []
+    for block in found:
+        block.forward = _two_sums(block)
+        undo.append(functools.partial(block.__dict__.pop, "forward"))
+    return undo
+
+
+def _is_block(module: nn.Module) -> bool:
+    attention, mlp = getattr(module, "self_attn", None), getattr(module, "mlp", None)
+    last = getattr(attention, "o_proj", None), getattr(mlp, "down_proj", None)
+    norms = [getattr(module, f"{name}_layernorm", None) for name in ("input", "post_attention")]
+    separated = all(isinstance(x, OrthoLinear) and "forward" not in vars(x) for x in last)
+    return separated and all(isinstance(x, nn.Module) for x in norms)
+
+
+def _two_sums(block: Any) -> Callable[..., Tensor]:
+    def forward(hidden_states: Tensor, **options: Any) -> Tensor:
+        attention, mlp = block.self_attn.o_proj.forward, block.mlp.down_proj.forward
+        attention.addend = hidden_states
+        y, _ = block.self_attn(hidden_states=block.input_layernorm(hidden_states), **options)
+        hidden_states = _with(y, attention)
+        mlp.addend = hidden_states
+        return _with(block.mlp(block.post_attention_layernorm(hidden_states)), mlp)
+
+    return forward
+
+
+def _with(y: Tensor, adds: _Adds) -> Tensor:
+    """`y`, and what was to be added to it if that did not happen yet."""
+    addend, adds.addend = adds.addend, None
+    return y if addend is None else addend + y
+
+
+def _sums_are_the_same(model: Any, block: Any) -> bool:
+    """Whether a block, given one token and no cache, does what `_two_sums` does."""
+    rotary = getattr(model.base_model, "rotary_emb", None)
+    if rotary is None:
+        return False
+    x = _noise(1, 1, model.config.hidden_size, like=model)
+    angles = rotary(x, torch.ones(1, 1, dtype=torch.long, device=model.device))
+    options = {"position_embeddings": angles, "attention_mask": None}
+    try:
+        ours, theirs = (f(x, **options) for f in (_two_sums(block), block.forward))
+        return isinstance(theirs, Tensor) and _same(ours, theirs, block)
+    except (RuntimeError, TypeError, ValueError) as error:
+        log.info("%s is another kind of block: %s", type(block).__name__, error)
+        return False
 
 
 # --- modules ------------------------------------------------------------------------------------
@@ -83,7 +181,7 @@ def _norm(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     def forward(x: Tensor) -> Tensor:
         return rms_norm(x, weight, eps)
 
-    x = torch.randn(1, 1, weight.shape[0], device=weight.device).to(weight.dtype)
+    x = _noise(1, 1, weight.shape[0], like=weight)
     return forward if _same(forward(x), module(x), module) else None
 
 
@@ -193,9 +291,8 @@ def _rotary(model: Any) -> list[Callable[[], None]]:
             return theirs(q, k, cos, sin, *rest, **more)
         return rotate(q, k, cos, sin)
 
-    on = {"device": model.device, "dtype": model.dtype}
-    q, k = torch.randn(1, 4, 1, dim, **on), torch.randn(1, 2, 1, dim, **on)
-    cos, sin = torch.randn(1, 1, dim, **on), torch.randn(1, 1, dim, **on)
+    q, k = (_noise(1, heads, 1, dim, like=model) for heads in (4, 2))
+    cos, sin = _noise(2, 1, 1, dim, like=model)
     try:
         pairs = zip(rotary(q, k, cos, sin), theirs(q, k, cos, sin), strict=True)
         same = all(_same(a, b, code) for a, b in pairs)
@@ -206,6 +303,12 @@ def _rotary(model: Any) -> list[Callable[[], None]]:
         return []
     setattr(code, ROTARY, rotary)
     return [lambda: setattr(code, ROTARY, theirs)]
+
+
+def _noise(*shape: int, like: Any) -> Tensor:
+    """Normal numbers, in the dtype and on the device of something; the seeds of others stay."""
+    generator = torch.Generator(like.device).manual_seed(0)
+    return torch.randn(shape, generator=generator, device=like.device).to(like.dtype)
 
 
 def _same(ours: Tensor, theirs: Tensor, what: object) -> bool:

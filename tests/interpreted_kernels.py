@@ -10,6 +10,7 @@ import contextlib
 import inspect
 import os
 import pkgutil
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -19,14 +20,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from libortho import stream
-from libortho.kernels import op
+from libortho.fusion import fuse_projections
+from libortho.kernels import dispatch, op
 from libortho.kernels.attention import attend
 from libortho.kernels.compose import compose
 from libortho.kernels.configs import DecodeConfig, Shape, word_layout
 from libortho.kernels.decode import decode
 from libortho.kernels.dispatch import Backend
-from libortho.kernels.pointwise import gated, rms_norm, rotate
+from libortho.kernels.pointwise import gated, rms_norm, rotate, write
 from libortho.lattice import PER_ROW, Lattice, dequantize, quantize
+from libortho.linear import OrthoLinear
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run tests/test_kernels.py instead"
 
@@ -98,6 +101,7 @@ configs = st.builds(
     warps=st.sampled_from([1, 2, 4]),
     words=st.sampled_from([1, 2, 4]),
     prefetch=st.booleans(),
+    early=st.booleans(),
 )
 
 
@@ -283,6 +287,26 @@ def test_gates_agree_with_float64(width: int, rows: int, dtype: torch.dtype) -> 
 
 
 @some
+@given(st.sampled_from([1, 2]), st.sampled_from([64, 48]), st.integers(0, 8), st.integers(0, 99))
+def test_a_new_key_and_value_take_one_place_in_the_cache(
+    batch: int, dim: int, at: int, seed: int
+) -> None:
+    keys, values = (draw_normal(seed + i, batch, 2, 9, dim).half() for i in range(2))
+    # As parts of a fused product lie: heads apart, and something else between two sequences.
+    wide = draw_normal(seed + 2, batch, 1, 7 * dim).half()
+    key, value = (
+        wide[..., n * dim : (n + 2) * dim].view(batch, 1, 2, dim).transpose(1, 2) for n in (1, 4)
+    )
+    expected = [
+        t.clone().index_copy_(2, torch.tensor([at]), new)
+        for t, new in ((keys, key), (values, value))
+    ]
+    write(keys, values, key, value, torch.tensor([at]))
+    assert torch.equal(keys, expected[0])
+    assert torch.equal(values, expected[1])
+
+
+@some
 @given(
     st.sampled_from([(4, 4), (8, 2), (3, 1)]),
     st.sampled_from([1, 63, 64, 200]),
@@ -318,7 +342,26 @@ def test_a_long_cache_is_gone_through_in_rounds(monkeypatch: pytest.MonkeyPatch)
     assert_near(y, (scores.softmax(-1) @ v.double()).transpose(1, 2))
 
 
-def test_a_whole_step_in_few_launches_is_the_models_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def separate_linears(model: Any) -> None:
+    """Put separated layers, with a private stream each, in place of a model's blocks' own."""
+    for number, (name, linear) in enumerate(list(model.model.named_modules())):
+        if isinstance(linear, torch.nn.Linear):
+            layer = OrthoLinear.from_linear(
+                linear.float(),
+                bits=4,
+                group_size=32,
+                residual_density=0.05,
+                importance=torch.ones(linear.in_features),
+            )
+            layer.set_private(*make_stream(layer.in_features, layer.out_features, 3, number))
+            layer.private_values = layer.private_values * 0.1
+            model.model.set_submodule(name, layer)
+
+
+@pytest.mark.parametrize(("separated", "layers"), [(False, 2), (True, 1)])
+def test_a_whole_step_in_few_launches_is_the_models_own(
+    separated: bool, layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
     from libortho import shortcuts
@@ -327,7 +370,7 @@ def test_a_whole_step_in_few_launches_is_the_models_own(monkeypatch: pytest.Monk
     config = LlamaConfig(
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=50,
@@ -335,7 +378,26 @@ def test_a_whole_step_in_few_launches_is_the_models_own(monkeypatch: pytest.Monk
     )
     model = LlamaForCausalLM(config).half().eval()
     monkeypatch.setattr(shortcuts, "why_not", lambda model: None)
+    if separated:
+        separate_linears(model)
+        fuse_projections(model)
+
+        def choose(lattice: Lattice, dtype: torch.dtype, tokens: int) -> Backend:
+            return Backend("triton-decode" if tokens == 1 else "dequantize", "")
+
+        monkeypatch.setattr(dispatch, "choose", choose)
+        monkeypatch.setattr(op, "choose", choose)
+        cut = DecodeConfig(rows=16, warps=1, words=4, prefetch=False)
+        monkeypatch.setattr(op.autotune, "config_for", lambda *_: cut)
     calls: list[str] = []
+    product_plus = shortcuts.product_plus
+
+    def adding(*given: Any) -> Tensor | None:
+        y = product_plus(*given)
+        calls.append("added" if y is not None else "not added")
+        return y
+
+    monkeypatch.setattr(shortcuts, "product_plus", adding)
     for module, names in (
         ("pointwise", ("rms_norm", "rotate", "gated")),
         ("attention", ("attend",)),
@@ -371,12 +433,44 @@ def test_a_whole_step_in_few_launches_is_the_models_own(monkeypatch: pytest.Monk
             for ours, theirs in zip(run(5, few), expected, strict=True):
                 assert_near(ours, theirs)
             # Norms and gates are tried on a module's own first; attention and rotation run twice.
-            assert {n: calls.count(n) for n in ("attend", "gated")} == {"attend": 2, "gated": 2}
-            assert calls.count("rms_norm") == 2 * 5
-            assert calls.count("rotate") == 2 + 1
+            made = {name: calls.count(name) for name in ("attend", "gated", "rms_norm", "rotate")}
+            norms = 2 * (2 * layers + 1)
+            assert made == {
+                "attend": layers,
+                "gated": layers,
+                "rms_norm": norms,
+                "rotate": layers + 1,
+            }
+            # Tried on the first block; of plain linears nothing is asked.
+            assert calls.count("added") == (2 * layers + 2 if separated else 0)
+            assert "not added" not in calls
         calls.clear()
         run(5, -1)
         assert not calls
+
+
+def test_blocks_that_sum_otherwise_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    from libortho import shortcuts
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads)).half().eval()
+    separate_linears(model)
+    block = model.model.layers[0]
+    theirs = LlamaDecoderLayer.forward
+    with torch.no_grad():
+        for factor, taken in ((1.0, True), (1.1, False)):
+            other = lambda self, x, f=factor, **more: f * theirs(self, x, **more)  # noqa: E731
+            monkeypatch.setattr(LlamaDecoderLayer, "forward", other)
+            undo = shortcuts._blocks(model)
+            assert ("forward" in vars(block)) == taken == bool(undo)
+            for each in undo:
+                each()
+            assert "forward" not in vars(block)
+            assert "forward" not in vars(block.mlp.down_proj)
 
 
 @some

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .overlap import let_go, options, wait
+
 _BLOCK = 64
 """Keys that a program holds at once."""
 _MAX_SPLITS = 64
@@ -41,7 +43,10 @@ def _split_kernel(
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     ROUNDS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    let_go(OVERLAP)
+    wait(OVERLAP)
     batch = tl.program_id(0) // KEY_HEADS
     split, splits = tl.program_id(1), tl.num_programs(1)
     row, column, key = tl.arange(0, ROWS), tl.arange(0, DIM), tl.arange(0, BLOCK)
@@ -81,7 +86,10 @@ def _join_kernel(
     SPLITS: tl.constexpr,
     PADDED: tl.constexpr,  # a power of two, at least SPLITS
     DIM: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    let_go(OVERLAP)
+    wait(OVERLAP)
     head = tl.program_id(0)
     split, column = tl.arange(0, PADDED), tl.arange(0, DIM)
     there = split < SPLITS
@@ -128,6 +136,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tenso
         BLOCK=_BLOCK,
         ROUNDS=rounds,
         num_warps=4,
+        **options(),
     )
     _join_kernel[(batch * heads,)](
         sums,
@@ -137,5 +146,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tenso
         PADDED=triton.next_power_of_2(splits),
         DIM=dim,
         num_warps=1 if dim <= 64 else 2,
+        **options(),
     )
     return y

@@ -79,6 +79,8 @@ def candidates(shape: Shape, tokens: int) -> list[DecodeConfig]:
             continue
         ahead = (False,) if steps == 1 else (True,) if tokens > 1 else (False, True)
         found += [DecodeConfig(rows, warps, words, flag) for flag in ahead]
+        if ahead[-1] and tokens == 1:
+            found.append(DecodeConfig(rows, warps, words, prefetch=True, early=True))
     return found
 
 

@@ -44,12 +44,14 @@ class DecodeConfig:
     prefetch: read the next step's words before this step's arithmetic; if not, the overlap is left
         to the other programs. Not by Triton's pipelining: its copies of `x` would go past the L1
         cache, in which a multiprocessor's programs share it
+    early: multiply the streams after the first step, under the words of the second; not at the end
     """
 
     rows: int
     warps: int
     words: int
     prefetch: bool
+    early: bool = False
 
 
 class Chosen(NamedTuple):

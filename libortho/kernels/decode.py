@@ -29,6 +29,7 @@ from torch import Tensor
 from ..lattice import PER_ROW, Lattice
 from .configs import WARP, DecodeConfig, Shape, word_layout
 from .fields import UNIT, tag, tagged
+from .overlap import let_go, options, wait
 
 MAX_BLOCKS = 8
 """Entries of a stream that a thread fetches before it multiplies; longer streams go round again."""
@@ -54,6 +55,55 @@ def _picked(x_ptr, stride_x, columns, values, mask, token, token_mask):
     at = token * stride_x + columns.to(tl.int32)
     x = tl.load(x_ptr + at, mask=mask & token_mask, other=0.0)
     return tl.sum(x.to(tl.float32) * values.to(tl.float32), 2)
+
+
+@triton.jit
+def _step_sums(
+    x_ptr,
+    stride_x,
+    scales_ptr,
+    zeros_ptr,
+    words,
+    step,
+    unit,
+    row,
+    token,
+    token_mask,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    WORDS: tl.constexpr,
+    BYTES: tl.constexpr,
+):
+    """The base's products with x over a step's columns: float32 [chunks, tokens, rows, 1, 1]."""
+    VALUES: tl.constexpr = 8 * BYTES // BITS
+    GROUPS: tl.constexpr = (IN + GROUP - 1) // GROUP
+    chunk = (step * CHUNKS + tl.arange(0, CHUNKS))[:, None, None, None, None]
+    value = tl.arange(0, VALUES)[None, None, None, None, :]
+    even = value % 2 == 0
+    word = chunk * WORDS + tl.arange(0, WORDS)[None, None, None, :, None]
+    column = word * VALUES + value
+    x = tl.load(x_ptr + (token * stride_x + column), mask=token_mask & (column < IN), other=0.0).to(
+        tl.float32
+    )
+    group = chunk * (WORDS * VALUES) // GROUP
+    at_group = tl.max_contiguous(row * GROUPS + group, [1, 1, 1, 1, 1])
+    group_mask = (row < OUT) & (group < GROUPS)
+    scale = tl.load(scales_ptr + at_group, mask=group_mask, other=0.0).to(tl.float32)
+    zero = tl.load(zeros_ptr + at_group, mask=group_mask, other=0.0).to(tl.float32)
+
+    f = tagged(words, value, unit, BITS)
+    if BITS == 8:  # its tags are too large to be left for later
+        f -= tag(value, BITS)
+    product = tl.sum(tl.sum(f * x, 4, keep_dims=True), 3, keep_dims=True)
+    # -0.0 is what adds nothing: the compiler drops it, as it may not drop 0.0.
+    x_even = tl.sum(tl.sum(tl.where(even, x, -0.0), 4, keep_dims=True), 3, keep_dims=True)
+    x_odd = tl.sum(tl.sum(tl.where(even, -0.0, x), 4, keep_dims=True), 3, keep_dims=True)
+    if BITS == 4:
+        product -= (128.0 + 8.0) * x_even + (2048.0 + 8.0) * x_odd  # the tags
+    return product * scale + (x_even + x_odd) * zero
 
 
 @triton.jit
@@ -85,7 +135,7 @@ def _stream_sums(
 
 
 @triton.jit(do_not_specialize=["tokens", "unit"])
-def _decode_kernel(  # noqa: PLR0915 - a kernel is one body
+def _decode_kernel(  # noqa: PLR0912, PLR0915 - a kernel is one body
     x_ptr,  # [tokens, in], columns contiguous
     packed_ptr,  # uint8 [out, ceil(in * bits / 8)]
     scales_ptr,  # float16 [out, groups]
@@ -115,14 +165,18 @@ def _decode_kernel(  # noqa: PLR0915 - a kernel is one body
     WORDS: tl.constexpr,
     BYTES: tl.constexpr,  # of a word
     PREFETCH: tl.constexpr,
+    EARLY: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    VALUES: tl.constexpr = 8 * BYTES // BITS  # of a word
-    CHUNK: tl.constexpr = WORDS * VALUES  # columns
+    CHUNK: tl.constexpr = WORDS * 8 * BYTES // BITS  # columns
     STEPS: tl.constexpr = (IN + CHUNKS * CHUNK - 1) // (CHUNKS * CHUNK)
     WIDTH: tl.constexpr = (IN * BITS + 7) // 8 // BYTES  # words of a row
-    GROUPS: tl.constexpr = (IN + GROUP - 1) // GROUP
     LANES: tl.constexpr = CHUNKS // ROWS  # threads on a row's entries
+    # Steps before the streams are multiplied. After the first one, that hides under the words that
+    # are on their way; after the last, it takes fewer registers.
+    BEFORE: tl.constexpr = 1 if EARLY else STEPS
 
+    let_go(OVERLAP)
     first = tl.program_id(0) * ROWS
     alpha = tl.load(alpha_ptr)
 
@@ -131,14 +185,11 @@ def _decode_kernel(  # noqa: PLR0915 - a kernel is one body
     # that nothing but the final sum crosses threads.
     row = (first + tl.arange(0, ROWS))[None, None, :, None, None]
     token = tl.arange(0, TOKENS)[None, :, None, None, None]
-    word_of_chunk = tl.arange(0, WORDS)[None, None, None, :, None]
-    value = tl.arange(0, VALUES)[None, None, None, None, :]
-    live = row < OUT
     token_mask = token < tokens
-    even = value % 2 == 0
     words_ptr = packed_ptr.to(tl.pointer_type(tl.int32)) if BYTES == 4 else packed_ptr
     accumulator = tl.zeros([CHUNKS, TOKENS, ROWS, 1, 1], tl.float32)
-    word = tl.arange(0, CHUNKS)[:, None, None, None, None] * WORDS + word_of_chunk
+    word = tl.arange(0, CHUNKS)[:, None, None, None, None] * WORDS
+    word += tl.arange(0, WORDS)[None, None, None, :, None]
     ahead = _read_words(words_ptr, row, word, WIDTH, OUT, WORDS)
 
     # The streams' entries are asked for before they are needed, but after the first words: whether
@@ -168,39 +219,37 @@ def _decode_kernel(  # noqa: PLR0915 - a kernel is one body
         mask_p = (slot_p < spoken) & live4
         columns_p, values_p = _read_slots(private_columns_ptr, private_values_ptr, entry_p, mask_p)
 
-    for step in range(STEPS):
-        chunk = (step * CHUNKS + tl.arange(0, CHUNKS))[:, None, None, None, None]
-        word = chunk * WORDS + word_of_chunk
+    # Up to here only weights were read.
+    wait(OVERLAP)
+    for step in range(BEFORE):
         w = ahead
         if PREFETCH:
-            ahead = _read_words(words_ptr, row, word + CHUNKS * WORDS, WIDTH, OUT, WORDS)
+            next_word = word + (step + 1) * CHUNKS * WORDS
+            ahead = _read_words(words_ptr, row, next_word, WIDTH, OUT, WORDS)
         elif STEPS > 1:
-            w = _read_words(words_ptr, row, word, WIDTH, OUT, WORDS)
-        column = word * VALUES + value
-        x = tl.load(
-            x_ptr + (token * stride_x + column),
-            mask=token_mask & (column < IN),
-            other=0.0,
-        ).to(tl.float32)
-        group = chunk * CHUNK // GROUP
-        at_group = tl.max_contiguous(row * GROUPS + group, [1, 1, 1, 1, 1])
-        group_mask = live & (group < GROUPS)
-        scale = tl.load(scales_ptr + at_group, mask=group_mask, other=0.0).to(tl.float32)
-        zero = tl.load(zeros_ptr + at_group, mask=group_mask, other=0.0).to(tl.float32)
-
-        f = tagged(w, value, unit, BITS)
-        if BITS == 8:  # its tags are too large to be left for later
-            f -= tag(value, BITS)
-        product = tl.sum(tl.sum(f * x, 4, keep_dims=True), 3, keep_dims=True)
-        # -0.0 is what adds nothing: the compiler drops it, as it may not drop 0.0.
-        x_even = tl.sum(tl.sum(tl.where(even, x, -0.0), 4, keep_dims=True), 3, keep_dims=True)
-        x_odd = tl.sum(tl.sum(tl.where(even, -0.0, x), 4, keep_dims=True), 3, keep_dims=True)
-        if BITS == 4:
-            product -= (128.0 + 8.0) * x_even + (2048.0 + 8.0) * x_odd  # the tags
-        accumulator += product * scale + (x_even + x_odd) * zero
+            w = _read_words(words_ptr, row, word + step * CHUNKS * WORDS, WIDTH, OUT, WORDS)
+        accumulator += _step_sums(
+            x_ptr,
+            stride_x,
+            scales_ptr,
+            zeros_ptr,
+            w,
+            step,
+            unit,
+            row,
+            token,
+            token_mask,
+            IN,
+            OUT,
+            BITS,
+            GROUP,
+            CHUNKS,
+            WORDS,
+            BYTES,
+        )
 
     if RESIDUAL + PRIVATE > 0:
-        # What follows has to wait for the entries; the barrier keeps it behind all other loads.
+        # What follows has to wait for the entries; the barrier keeps it behind all loads so far.
         tl.debug_barrier()
         entries = tl.zeros([ROWS, LANES, TOKENS], tl.float32)
         if RESIDUAL > 0:
@@ -245,6 +294,32 @@ def _decode_kernel(  # noqa: PLR0915 - a kernel is one body
         thread = tl.arange(0, CHUNKS)[:, None, None, None, None]
         its_row = tl.arange(0, ROWS)[None, None, :, None, None]
         accumulator += tl.where(thread % ROWS == its_row, own, 0.0)
+    for step in range(BEFORE, STEPS):
+        w = ahead
+        if PREFETCH:
+            next_word = word + (step + 1) * CHUNKS * WORDS
+            ahead = _read_words(words_ptr, row, next_word, WIDTH, OUT, WORDS)
+        else:
+            w = _read_words(words_ptr, row, word + step * CHUNKS * WORDS, WIDTH, OUT, WORDS)
+        accumulator += _step_sums(
+            x_ptr,
+            stride_x,
+            scales_ptr,
+            zeros_ptr,
+            w,
+            step,
+            unit,
+            row,
+            token,
+            token_mask,
+            IN,
+            OUT,
+            BITS,
+            GROUP,
+            CHUNKS,
+            WORDS,
+            BYTES,
+        )
     y = tl.sum(tl.reshape(accumulator, [CHUNKS, TOKENS, ROWS]), 0)  # [tokens, rows]
 
     out = (first + tl.arange(0, ROWS))[None, :]
@@ -304,7 +379,9 @@ def kernel_arguments(
         "WORDS": words,
         "BYTES": size,
         "PREFETCH": config.prefetch,
+        "EARLY": config.early,
         "num_warps": config.warps,
+        **options(),
     }
     return (-(-out_features // config.rows),), arguments
 

@@ -1,8 +1,9 @@
 """What a decoder does to few tokens between its products, in one launch each.
 
-Root mean square norm (Zhang and Sennrich 2019), rotary embedding (Su et al. 2021) and the gate of a
-SwiGLU (Shazeer 2020). PyTorch takes 5 to 10 launches for each of the first two, and at one token a
-launch costs more than what it does. Rounds where transformers' Llama rounds.
+Root mean square norm (Zhang and Sennrich 2019), rotary embedding (Su et al. 2021), the gate of a
+SwiGLU (Shazeer 2020), and the write of a new key and value into a cache. PyTorch takes 5 to 10
+launches for each of the first two, and at one token a launch costs more than what it does. Rounds
+where transformers' Llama rounds.
 
 Knows Triton and tensors; imports on a machine without CUDA, for the interpreter.
 """
@@ -16,19 +17,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .overlap import let_go, options, wait
+
 _GATE_BLOCK = 1024
 """Columns of a gate that a program makes."""
 
 
 @triton.jit
 def _rms_norm_kernel(
-    x_ptr, weight_ptr, y_ptr, stride_x, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr,
+    weight_ptr,
+    y_ptr,
+    stride_x,
+    eps,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    let_go(OVERLAP)
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     mask = column < WIDTH
-    x = tl.load(x_ptr + row * stride_x + column, mask=mask, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    wait(OVERLAP)
+    x = tl.load(x_ptr + row * stride_x + column, mask=mask, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, 0) / WIDTH + eps)
     y = weight * (x * scale).to(y_ptr.dtype.element_ty).to(tl.float32)
     tl.store(y_ptr + row * WIDTH + column, y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -53,7 +65,10 @@ def _rotate_kernel(
     HEADS: tl.constexpr,
     KEY_HEADS: tl.constexpr,
     DIM: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    let_go(OVERLAP)
+    wait(OVERLAP)
     batch, token, head = tl.program_id(0) // tokens, tl.program_id(0) % tokens, tl.program_id(1)
     column = tl.arange(0, DIM)
     # The other half's column, and the sign that it comes with.
@@ -77,8 +92,17 @@ def _rotate_kernel(
 
 @triton.jit
 def _gate_kernel(
-    gate_ptr, up_ptr, y_ptr, stride_gate, stride_up, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+    gate_ptr,
+    up_ptr,
+    y_ptr,
+    stride_gate,
+    stride_up,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    let_go(OVERLAP)
+    wait(OVERLAP)
     row = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < WIDTH
@@ -87,6 +111,34 @@ def _gate_kernel(
     kind = y_ptr.dtype.element_ty
     opened = (gate / (1.0 + tl.exp(-gate))).to(kind).to(tl.float32)
     tl.store(y_ptr + row * WIDTH + column, (opened * up).to(kind), mask=mask)
+
+
+@triton.jit(do_not_specialize=["length"])
+def _write_kernel(
+    k_ptr,  # [batch, heads, 1, dim], the last one contiguous
+    v_ptr,
+    k_cache_ptr,  # [batch, heads, length, dim], contiguous
+    v_cache_ptr,
+    position_ptr,  # int64, one element
+    k_batch,  # strides
+    k_head,
+    v_batch,
+    v_head,
+    length,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,  # a power of two, at least DIM
+    OVERLAP: tl.constexpr,
+):
+    let_go(OVERLAP)
+    wait(OVERLAP)
+    batch, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    column = tl.arange(0, BLOCK)
+    mask = column < DIM
+    row = (batch * heads + head).to(tl.int64) * length + tl.load(position_ptr)
+    k = tl.load(k_ptr + batch * k_batch + head * k_head + column, mask=mask)
+    v = tl.load(v_ptr + batch * v_batch + head * v_head + column, mask=mask)
+    tl.store(k_cache_ptr + row * DIM + column, k, mask=mask)
+    tl.store(v_cache_ptr + row * DIM + column, v, mask=mask)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -103,6 +155,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         WIDTH=rows.shape[1],
         BLOCK=block,
         num_warps=max(1, min(8, block // 512)),
+        **options(),
     )
     return y.view(x.shape)
 
@@ -132,6 +185,7 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
         KEY_HEADS=k.shape[1],
         DIM=dim,
         num_warps=1,
+        **options(),
     )
     return rotated_q, rotated_k
 
@@ -150,5 +204,31 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
         WIDTH=width,
         BLOCK=_GATE_BLOCK,
         num_warps=4,
+        **options(),
     )
     return y.view(gate.shape)
+
+
+def write(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, position: Tensor) -> None:
+    """Put a new key and value `[batch, heads, 1, dim]` into a cache at `position`, in place.
+
+    keys, values: `[batch, heads, length, dim]`, contiguous, in the dtype of what is put in
+    position: int64, one element, below length; read by the kernel
+    """
+    if key.stride(3) != 1 or value.stride(3) != 1:
+        key, value = key.contiguous(), value.contiguous()
+    batch, heads, length, dim = keys.shape
+    _write_kernel[(batch, heads)](
+        key,
+        value,
+        keys,
+        values,
+        position,
+        *key.stride()[:2],
+        *value.stride()[:2],
+        length,
+        DIM=dim,
+        BLOCK=triton.next_power_of_2(dim),
+        num_warps=1,
+        **options(),
+    )
