@@ -69,7 +69,7 @@ def kernels(geometry: str, dtype: str) -> list[Case]:
     many = [(query, width), (key, width), (width, query), (inner, width), (width, inner)]
     cases = []
     for shape in few:
-        case = Case(*shape, group_size=GROUP_SIZE, dtype=dtype, overlap=True)
+        case = Case(*shape, group_size=GROUP_SIZE, dtype=dtype, overlap=True, paired=True)
         case = case.with_streams(DENSITY)
         cases.append(replace(case, config=default_config(case.shape, 1, *card).config))
     parts = dict.fromkeys((rows_at_once(*shape), shape[1]) for shape in many)

@@ -68,13 +68,16 @@ def _check_cases() -> list[Case]:
 
 def _single_cases(family: str) -> list[Case]:
     shapes = [Case(*shape) for shape in SHAPES[family].values()]
-    both = [c for case in shapes for c in (case.with_streams(DENSITY), case)]
+    streams = [replace(case, paired=True).with_streams(DENSITY) for case in shapes]
+    both = [c for pair in zip(streams, shapes, strict=True) for c in pair]
     return [replace(c, config=k) for c in both for k in autotune.candidates(c.shape, 1)]
 
 
 def _several_cases() -> list[Case]:
     cases = [
-        Case(*shape, n).with_streams(DENSITY) for n in SEVERAL for shape in SHAPES["8B"].values()
+        Case(*shape, n, paired=True).with_streams(DENSITY)
+        for n in SEVERAL
+        for shape in SHAPES["8B"].values()
     ]
     return [replace(c, config=k) for c in cases for k in several_candidates(c)]
 

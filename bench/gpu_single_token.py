@@ -42,7 +42,7 @@ def single_token(family: str) -> Section:
 
 
 def _single_token(run: Run, plain: Case, name: str) -> dict[str, Any]:
-    case = plain.with_streams(DENSITY)
+    case = replace(plain, paired=True).with_streams(DENSITY)
     candidates = autotune.candidates(case.shape, 1)
     sets = operand_sets(case)
     bare_sets = [bare(operands) for operands in sets]

@@ -58,7 +58,7 @@ def several_tokens(run: Run, found: dict[str, Any]) -> None:
         for name, shape in SHAPES["8B"].items():
             if run.left_s < 10:
                 return
-            case = Case(*shape, tokens).with_streams(DENSITY)
+            case = Case(*shape, tokens, paired=True).with_streams(DENSITY)
             sets = operand_sets(case)
             rows = timed(run, case, sets, several_candidates(case))
             beside = peers(case, sets)

@@ -27,6 +27,7 @@ class Case:
     """A product, or with `config` None a dense weight; slots are entries of a row.
 
     overlap: whether its launch overlaps with others (`libortho.kernels.overlap`)
+    paired: whether a stream's values lie beside their columns, as in a fused model
     """
 
     out_features: int
@@ -40,6 +41,7 @@ class Case:
     has_bias: bool = False
     config: DecodeConfig | None = None
     overlap: bool = False
+    paired: bool = False
 
     @property
     def shape(self) -> Shape:
@@ -87,7 +89,8 @@ def make_operands(case: Case, seed: int, *, alpha: float = 1.0, device: str = "c
         width = max(1, columns // max(1, slots))
         within = torch.randint(0, width, (slots, rows), **on)
         at = within + width * torch.arange(slots, device=device)[:, None]
-        return at.to(torch.uint16), torch.randn(slots, rows, **on).half()
+        both = at.to(torch.uint16), torch.randn(slots, rows, **on).half()
+        return stream.paired(*both) if case.paired else both
 
     dtype = DTYPES[case.dtype]
     return Operands(
@@ -171,6 +174,7 @@ def random_cases(count: int, seed: int) -> list[Case]:
                 private_slots=rng.choice([0, 1, columns // 100, columns // 3]),
                 dtype=rng.choice(["float16", "bfloat16"]),
                 has_bias=rng.random() < 0.3,
+                paired=rng.random() < 0.5,
                 config=config,
             )
         )

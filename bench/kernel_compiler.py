@@ -18,6 +18,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from bench.kernel_cases import DTYPES, Case, Operands, Stream
+from libortho import stream
 from libortho.kernels.compose import _compose_kernel, compose_arguments
 from libortho.kernels.decode import _decode_kernel, kernel_arguments
 from libortho.kernels.overlap import OVERLAPPED
@@ -47,7 +48,8 @@ def unreal_operands(case: Case) -> Operands:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     def entries(slots: int) -> Stream:
-        return empty(slots, rows, dtype=torch.uint16), empty(slots, rows)
+        both = empty(slots, rows, dtype=torch.uint16), empty(slots, rows)
+        return stream.paired(*both) if case.paired else both
 
     rows, columns, dtype = case.out_features, case.in_features, DTYPES[case.dtype]
     groups = groups_per_row(columns, case.group_size)

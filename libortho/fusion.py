@@ -3,7 +3,8 @@
 Knows separated layers and which of a model's share their inputs. Their weights are laid out one
 after the other along the output rows, and each layer's own tensors become views of that: nothing
 is held twice, and what is saved is what was there before. Groups of the lattice lie along the
-input and a stream's entries belong to a row, so every row is what it was.
+input and a stream's entries belong to a row, so every row is what it was. Streams, those of layers
+by themselves as well, are laid out in pairs (`stream.paired`).
 
 Doesn't know what multiplies (`kernels`). Only decoding is fused: for many tokens a dense weight is
 composed, and one layer's is large enough.
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from . import stream
 from .config import NO_LATTICE
 from .kernels import op
 from .kernels.configs import MAX_TOKENS
@@ -44,12 +46,15 @@ class Siblings:
         self.format = first.bits, first.group_size, first.in_features
         self.alpha, self.bias = first.alpha, _joined_bias(parts)
         self.weight: dict[str, Tensor] = {}
-        for name in LAID_TOGETHER:
-            dim = 0 if name in _BY_ROW else 1
-            whole = torch.cat([getattr(part, name).detach() for part in parts], dim)
-            for part, view in zip(parts, whole.split(self.rows, dim), strict=True):
-                setattr(part, name, view)
-            self.weight[name] = whole
+        for names in (*((name,) for name in _BY_ROW), _STREAMS[:2], _STREAMS[2:]):
+            dim = 0 if len(names) == 1 else 1
+            wholes = [torch.cat([getattr(part, n).detach() for part in parts], dim) for n in names]
+            if len(names) > 1:
+                wholes = list(stream.paired(*wholes))
+            for name, whole in zip(names, wholes, strict=True):
+                for part, view in zip(parts, whole.split(self.rows, dim), strict=True):
+                    setattr(part, name, view)
+                self.weight[name] = whole
         # What was multiplied last, until all have taken their parts of it.
         self._given: Tensor | None = None
         self._version: int | None = None
@@ -121,19 +126,35 @@ def fuse_projections(model: nn.Module) -> int:
                 count += 1
                 if on_card:
                     torch.cuda.empty_cache()  # the next group doesn't fit where this one's were
+    for layer in ortho_layers(model).values():
+        if layer.siblings is None:
+            _pair(layer)
     return count
 
 
 def unfuse_projections(model: nn.Module) -> None:
     """Undo `fuse_projections`: every layer has tensors of its own again."""
     for module in model.modules():
-        if isinstance(module, OrthoLinear) and module.siblings is not None:
-            parts = module.siblings.parts
-            module.siblings.part_ways()
-            for part in parts:
-                for name in LAID_TOGETHER:
-                    own = getattr(part, name).clone(memory_format=torch.contiguous_format)
-                    setattr(part, name, own)
+        if isinstance(module, OrthoLinear):
+            if module.siblings is not None:
+                module.siblings.part_ways()
+            for name in LAID_TOGETHER:
+                tensor = getattr(module, name, None)  # unquantised layers have streams alone
+                if tensor is not None and _is_part(tensor):
+                    own = tensor.clone(memory_format=torch.contiguous_format)
+                    setattr(module, name, own)
+
+
+def _is_part(tensor: Tensor) -> bool:
+    """Whether a tensor lies in memory that others have parts of."""
+    return tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
+
+
+def _pair(layer: OrthoLinear) -> None:
+    for names in (_STREAMS[:2], _STREAMS[2:]):
+        both = stream.paired(*(getattr(layer, name).detach() for name in names))
+        for name, tensor in zip(names, both, strict=True):
+            setattr(layer, name, tensor)
 
 
 def _alike(layers: Sequence[OrthoLinear]) -> bool:

@@ -92,6 +92,8 @@ def operands(draw: st.DrawFn, alphas: st.SearchStrategy[float] = ANY_ALPHA) -> O
         make_stream(in_features, out_features, round(in_features * draw(densities)), seed + i)
         for i in (1, 2)
     )
+    if draw(st.booleans()):  # as a fused model's lie
+        residual, private = stream.paired(*residual), stream.paired(*private)
     return lattice, residual, private, torch.tensor(draw(alphas))
 
 

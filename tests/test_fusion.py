@@ -196,6 +196,39 @@ def test_nothing_is_held_twice(separated_model: Callable[..., Any]) -> None:
     assert held() == before
 
 
+def test_every_stream_lies_in_pairs_until_it_is_undone(separated_model: Callable[..., Any]) -> None:
+    model = private_of(separated_model())
+    layers = [m for m in model.modules() if isinstance(m, OrthoLinear)]
+    kinds = ("residual", "private")
+
+    def streams() -> list[tuple[Tensor, Tensor]]:
+        alone = [layer for layer in layers if layer.siblings is None]
+        found = [
+            [getattr(layer, f"{k}_{part}") for part in ("columns", "values")]
+            for layer in alone
+            for k in kinds
+        ]
+        for whole in {id(s): s for s in (la.siblings for la in layers) if s is not None}.values():
+            found += [
+                [whole.weight[f"{k}_{part}"] for part in ("columns", "values")] for k in kinds
+            ]
+        return [(columns, values) for columns, values in found if columns.numel()]
+
+    x = randn(1, layers[0].in_features)
+    weights = [layer.effective_weight() for layer in layers]
+    fuse_projections(model)
+    assert len({layer.siblings for layer in layers}) > 1  # some, and some alone
+    assert all(stream.is_paired(*both) for both in streams())
+    for layer, weight in zip(layers, weights, strict=True):
+        assert torch.equal(layer.effective_weight(), weight)
+    unfuse_projections(model)
+    for both in streams():
+        assert all(part.is_contiguous() for part in both)
+        assert both[0].untyped_storage().nbytes() == both[0].numel() * 2
+    assert torch.equal(layers[0].effective_weight(), weights[0])
+    torch.testing.assert_close(layers[0](x), x @ weights[0].t(), rtol=1e-4, atol=1e-4)
+
+
 def test_layers_that_differ_stay_apart(separated_model: Callable[..., Any]) -> None:
     model = private_of(separated_model())
     attention = model.model.layers[0].self_attn

@@ -25,6 +25,9 @@ def streams(draw: st.DrawFn) -> tuple[Tensor, Tensor, int, torch.Generator]:
     return columns, values, in_features, generator
 
 
+Streams = tuple[Tensor, Tensor, int, torch.Generator]
+
+
 def dense(columns: Tensor, values: Tensor, in_features: int) -> Tensor:
     """What a stream stands for, written as plainly as can be, float64 `[out, in]`."""
     matrix = torch.zeros(columns.shape[1], in_features, dtype=torch.float64)
@@ -74,6 +77,24 @@ def test_scatters_agree_with_the_dense_matrix(
     written = stream.scatter(matrix.clone(), columns, values)
     assert torch.equal(written, torch.where(slots, sparse, matrix))
     assert torch.equal(stream.gather(written, columns), values.double())
+
+
+@some
+@given(streams())
+def test_a_paired_stream_is_the_same_stream(given: Streams) -> None:
+    columns, values, in_features, generator = given
+    both = stream.paired(columns, values)
+    assert torch.equal(both[0], columns)
+    assert torch.equal(both[1].view(torch.int16), values.view(torch.int16))  # NaN's bits as well
+    assert stream.is_paired(*both) == bool(values.numel())
+    assert stream.paired(*both)[1] is both[1]
+    assert not stream.is_paired(columns, both[1])
+    stream.check(*both, in_features, columns.shape[1], "stream")
+    assert torch.equal(dense(*both, in_features), dense(columns, values, in_features))
+    x = torch.randn(2, in_features, generator=generator)
+    assert torch.equal(stream.multiply(x, *both), stream.multiply(x, columns, values))
+    masters = values.float()
+    assert stream.paired(columns, masters)[1] is masters
 
 
 def test_scatters_work_in_place() -> None:

@@ -53,7 +53,14 @@ def _base_entry(
 
 @triton.jit
 def _residual_at(
-    columns_ptr, values_ptr, row, column, mask, STRIDE: tl.constexpr, SLOTS: tl.constexpr
+    columns_ptr,
+    values_ptr,
+    row,
+    column,
+    mask,
+    STRIDE: tl.constexpr,
+    STEP: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):
     """The residual's values at other columns of the same rows, 0 where it has none."""
     before = column * 0  # residual columns known to lie before `column`: they ascend
@@ -61,12 +68,12 @@ def _residual_at(
         if (1 << 15 >> halving) <= SLOTS:
             probe = before + (1 << 15 >> halving)
             known = tl.load(
-                columns_ptr + ((probe - 1) * STRIDE + row),
+                columns_ptr + ((probe - 1) * STRIDE + row * STEP),
                 mask=mask & (probe <= SLOTS),
                 other=65535,
             ).to(tl.int32)
             before = tl.where((probe <= SLOTS) & (known < column), probe, before)
-    at = before * STRIDE + row
+    at = before * STRIDE + row * STEP
     inside = mask & (before < SLOTS)
     found = tl.load(columns_ptr + at, mask=inside, other=0).to(tl.int32)
     value = tl.load(values_ptr + at, mask=inside & (found == column), other=0.0)
@@ -78,7 +85,7 @@ def _compose_kernel(
     packed_ptr,  # uint8 [out, ceil(in * bits / 8)]
     scales_ptr,  # float16 [out, groups]
     zeros_ptr,
-    residual_columns_ptr,  # uint16 [residual slots, out], slots STRIDE apart
+    residual_columns_ptr,  # uint16 [residual slots, out]; slots lie STRIDE apart, rows STEP
     residual_values_ptr,
     private_columns_ptr,  # uint16 [private slots, out]
     private_values_ptr,
@@ -88,6 +95,7 @@ def _compose_kernel(
     IN: tl.constexpr,
     OUT: tl.constexpr,
     STRIDE: tl.constexpr,
+    STEP: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     RESIDUAL: tl.constexpr,  # slots
@@ -133,7 +141,7 @@ def _compose_kernel(
         for start in range(0, RESIDUAL, LANES):
             slot = start + lane
             mask = (slot < RESIDUAL) & (row < OUT)
-            at = slot * STRIDE + row
+            at = slot * STRIDE + row * STEP
             column = tl.load(residual_columns_ptr + at, mask=mask, other=0).to(tl.int32)
             entry = _base_entry(
                 packed_ptr, scales_ptr, zeros_ptr, row, column, mask, IN, BITS, GROUP
@@ -151,14 +159,21 @@ def _compose_kernel(
         for start in range(0, PRIVATE, LANES):
             slot = start + lane
             mask = (slot < spoken) & (row < OUT)
-            at = slot * STRIDE + row
+            at = slot * STRIDE + row * STEP
             column = tl.load(private_columns_ptr + at, mask=mask, other=0).to(tl.int32)
             entry = _base_entry(
                 packed_ptr, scales_ptr, zeros_ptr, row, column, mask, IN, BITS, GROUP
             )
             if RESIDUAL > 0:
                 entry += _residual_at(
-                    residual_columns_ptr, residual_values_ptr, row, column, mask, STRIDE, RESIDUAL
+                    residual_columns_ptr,
+                    residual_values_ptr,
+                    row,
+                    column,
+                    mask,
+                    STRIDE,
+                    STEP,
+                    RESIDUAL,
                 )
             value_p = tl.load(private_values_ptr + at, mask=mask, other=0.0).to(tl.float32)
             entry += alpha * value_p
@@ -182,8 +197,8 @@ def compose_arguments(
     layout = word_layout(Shape.of(lattice), 1)
     assert layout is not None, "the dispatcher offers no such lattice"
     parts = [part for part in (*residual, *private) if part.shape[0]]
-    stride = parts[0].stride(0) if parts else out_features
-    assert all(part.stride() == (stride, 1) for part in parts)
+    stride, step = parts[0].stride() if parts else (out_features, 1)
+    assert all(part.stride() == (stride, step) for part in parts)
     arguments: dict[str, object] = {
         "packed_ptr": lattice.packed,
         "scales_ptr": lattice.scales,
@@ -198,6 +213,7 @@ def compose_arguments(
         "IN": lattice.in_features,
         "OUT": out_features,
         "STRIDE": stride,
+        "STEP": step,
         "BITS": lattice.bits,
         "GROUP": group,
         "RESIDUAL": residual[0].shape[0],
@@ -219,12 +235,12 @@ def compose(
 ) -> Tensor:
     """base + residual + alpha * private, `[out, in]`, summed in float32 and rounded to `dtype`.
 
-    Arguments as in `decode`, but streams may be columns `[k, out]` of larger ones: if they are of
-    one size they are read where they lie. alpha is read by the kernel, and at 0 the private stream
-    is not.
+    Arguments as in `decode`, but streams may be columns `[k, out]` of larger ones: if their strides
+    are the same they are read where they lie. alpha is read by the kernel, and at 0 the private
+    stream is not.
     """
     strides = {part.stride() for part in (*residual, *private) if part.shape[0]}
-    if len(strides) > 1 or any(stride[1] != 1 for stride in strides):
+    if len(strides) > 1:
         residual = residual[0].contiguous(), residual[1].contiguous()
         private = private[0].contiguous(), private[1].contiguous()
     shape = (lattice.packed.shape[0], lattice.in_features)

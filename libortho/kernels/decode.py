@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..lattice import PER_ROW, Lattice
+from ..stream import is_paired
 from .configs import WARP, DecodeConfig, Shape, word_layout
 from .fields import UNIT, tag, tagged
 from .overlap import let_go, options, wait
@@ -43,9 +44,15 @@ def _read_words(words_ptr, row, word, WIDTH: tl.constexpr, OUT: tl.constexpr, WO
 
 
 @triton.jit
-def _read_slots(columns_ptr, values_ptr, entry, mask):
-    columns = tl.load(columns_ptr + entry, mask=mask, other=0)
-    values = tl.load(values_ptr + entry, mask=mask, other=0.0)
+def _read_slots(columns_ptr, values_ptr, entry, mask, PAIRED: tl.constexpr):
+    if PAIRED:  # column and value in the halves of a word
+        pairs_ptr = columns_ptr.to(tl.pointer_type(tl.int32))
+        pairs = tl.load(pairs_ptr + entry, mask=mask, other=0)
+        columns = (pairs & 0xFFFF).to(tl.uint16)
+        values = (pairs >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+    else:
+        columns = tl.load(columns_ptr + entry, mask=mask, other=0)
+        values = tl.load(values_ptr + entry, mask=mask, other=0.0)
     return columns, values
 
 
@@ -123,13 +130,15 @@ def _stream_sums(
     OUT: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PAIRED: tl.constexpr,
 ):
     """A stream's products with x, float32 [rows, lanes, tokens], lanes not summed yet."""
     mask = (slot < slots) & row_mask
     sums = _picked(x_ptr, stride_x, columns, values, mask, token, token_mask)
     for start in range(BLOCK, SLOTS, BLOCK):
         mask = (start + slot < slots) & row_mask
-        columns, values = _read_slots(columns_ptr, values_ptr, start * OUT + entry, mask)
+        at = start * OUT + entry
+        columns, values = _read_slots(columns_ptr, values_ptr, at, mask, PAIRED)
         sums += _picked(x_ptr, stride_x, columns, values, mask, token, token_mask)
     return sums
 
@@ -166,6 +175,7 @@ def _decode_kernel(  # noqa: PLR0912, PLR0915 - a kernel is one body
     BYTES: tl.constexpr,  # of a word
     PREFETCH: tl.constexpr,
     EARLY: tl.constexpr,
+    PAIRED: tl.constexpr,  # whether a stream's value lies beside its column (stream.paired)
     OVERLAP: tl.constexpr,
 ):
     CHUNK: tl.constexpr = WORDS * 8 * BYTES // BITS  # columns
@@ -207,7 +217,7 @@ def _decode_kernel(  # noqa: PLR0912, PLR0915 - a kernel is one body
         entry_r = tl.max_contiguous(slot_r * OUT + row4, [1, 1, 1, 1])
         mask_r = (slot_r < RESIDUAL) & live4
         columns_r, values_r = _read_slots(
-            residual_columns_ptr, residual_values_ptr, entry_r, mask_r
+            residual_columns_ptr, residual_values_ptr, entry_r, mask_r, PAIRED
         )
     if PRIVATE > 0:
         if STEPS > 1:
@@ -217,7 +227,9 @@ def _decode_kernel(  # noqa: PLR0912, PLR0915 - a kernel is one body
         # At alpha = 0 no byte of the stream is read, so that no NaN in it can be heard.
         spoken = tl.where(alpha != 0.0, PRIVATE, 0)
         mask_p = (slot_p < spoken) & live4
-        columns_p, values_p = _read_slots(private_columns_ptr, private_values_ptr, entry_p, mask_p)
+        columns_p, values_p = _read_slots(
+            private_columns_ptr, private_values_ptr, entry_p, mask_p, PAIRED
+        )
 
     # Up to here only weights were read.
     wait(OVERLAP)
@@ -269,6 +281,7 @@ def _decode_kernel(  # noqa: PLR0912, PLR0915 - a kernel is one body
                 OUT,
                 RESIDUAL,
                 RESIDUAL_BLOCKS * LANES,
+                PAIRED,
             )
         if PRIVATE > 0:
             entries += alpha * _stream_sums(
@@ -287,6 +300,7 @@ def _decode_kernel(  # noqa: PLR0912, PLR0915 - a kernel is one body
                 OUT,
                 PRIVATE,
                 PRIVATE_BLOCKS * LANES,
+                PAIRED,
             )
         # A thread has the sum of one row's entries here and of every row's words above. It adds the
         # one to its own of the others, and all that crosses threads is the sum below.
@@ -380,10 +394,16 @@ def kernel_arguments(
         "BYTES": size,
         "PREFETCH": config.prefetch,
         "EARLY": config.early,
+        "PAIRED": _paired(residual, private),
         "num_warps": config.warps,
         **options(),
     }
     return (-(-out_features // config.rows),), arguments
+
+
+def _paired(*streams: tuple[Tensor, Tensor]) -> bool:
+    there = [part for part in streams if part[0].shape[0]]
+    return bool(there) and all(is_paired(*part) for part in there)
 
 
 def decode(
@@ -398,7 +418,8 @@ def decode(
     """`x @ (base + residual + alpha * private).T + bias`, in the dtype of `x`, summed in float32.
 
     x: floating point `[tokens, in]`, 1 to `configs.MAX_TOKENS` tokens, of any strides
-    residual, private: (columns uint16, values) `[k, out]`, contiguous; k may be 0
+    residual, private: (columns uint16, values) `[k, out]`, best as `stream.paired` lays them; k may
+        be 0
     alpha: float32, one element, read by the kernel: a captured graph follows it; at 0 the private
         stream is not read
     bias: `[out]` or None
@@ -407,6 +428,9 @@ def decode(
     """
     if x.stride(-1) != 1:
         x = x.contiguous()
+    if not _paired(residual, private):
+        residual = residual[0].contiguous(), residual[1].contiguous()
+        private = private[0].contiguous(), private[1].contiguous()
     y = torch.empty(x.shape[0], lattice.packed.shape[0], dtype=x.dtype, device=x.device)
     grid, arguments = kernel_arguments(x, lattice, residual, private, alpha, bias, y, config)
     _decode_kernel[grid](**arguments)

@@ -67,7 +67,6 @@ def _product(
     if name == "triton-decode":
         from .decode import decode  # noqa: PLC0415 - imports Triton
 
-        residual, private = _whole(*residual), _whole(*private)
         config = autotune.config_for(lattice, x, residual, private, alpha)
         y = decode(x, lattice, residual, private, alpha, bias, config)
     elif name == "int4pack":
@@ -97,11 +96,6 @@ def _composed(
     lattice = Lattice(packed, scales, zeros, bits, group_size, in_features)
     residual = residual_columns, residual_values
     return _dense(lattice, residual, (private_columns, private_values), alpha, dtype)
-
-
-def _whole(columns: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """A stream as the kernel of few tokens reads it: a fused layer's is a part of a larger one."""
-    return columns.contiguous(), values.contiguous()
 
 
 def _dense(
