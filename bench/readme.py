@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.memory_stages import CONTEXT, GEOMETRIES, PLANNED
-from bench.readme_audits import audit_rows
+from bench.readme_audits import audit_rows, seed_facts
 from bench.readme_kernels import decode_facts, decode_rows, kernel_facts, kernel_rows
 from bench.readme_texts import CATALOGUES, Catalogue
 from libortho.budget import run_budget
@@ -75,11 +75,12 @@ def _audits(run: Results, words: Catalogue) -> str:
         records=first.records_source,
     )
     names = (
-        *("method", "trained", "extracted on", "extracted off", "loss off", "exposure off"),
+        *("method", "seed", "trained", "extracted on", "extracted off", "loss off", "exposure off"),
         *("tests that see", "attacks that see", "verdict"),
     )
     header = [words[name] for name in names]
-    return "\n".join([said, "", *_table(header, audit_rows(run, words))])
+    seeds = words["seeds"].format(**seed_facts(run))
+    return "\n".join([said, "", *_table(header, audit_rows(run, words)), "", seeds])
 
 
 def _audit_costs(runs: Sequence[Results], words: Catalogue) -> str:
@@ -257,7 +258,8 @@ def _card(run: Results, words: Catalogue) -> str:
 
 def _kernels(found: dict[str, Any], words: Catalogue) -> str:
     said = words["kernels"].format(**kernel_facts(found))
-    header = [words[n] for n in ("layer", "base", "share", "streams", "int4pack", "fp16")]
+    names = ("layer", "base", "share", "streams", "overlapped", "int4pack", "fp16")
+    header = [words[n] for n in names]
     return "\n".join([said, "", *_table(header, kernel_rows(found))])
 
 

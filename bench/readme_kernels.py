@@ -41,7 +41,10 @@ def kernel_facts(found: Found) -> dict[str, object]:
 
 
 def kernel_rows(found: Found) -> list[list[str]]:
-    """Layer, base in µs, its share of copy bandwidth, streams to base, and the peers in µs."""
+    """Layer, base in µs, its share of copy bandwidth, streams to base, and the peers in µs.
+
+    Streams to base twice: of launches one after the other, and of ones that overlap.
+    """
     rows = []
     for family in (*FAMILIES, "fused"):
         for name, case in found.get(f"{family}, 1 token", {}).items():
@@ -49,9 +52,9 @@ def kernel_rows(found: Found) -> list[list[str]]:
                 continue  # no candidate could be timed
             share = case.get("base_share_of_copy", case.get("base_share_of_copy_bandwidth"))
             peers = (_figure(case["peers"][f"{peer}_us"], ".1f") for peer in ("int4pack", "dense"))
-            ratio = f"{case['ratio_streams_to_base']:.2f} ×"
+            ratios = (f"{case[f'ratio_{n}']:.2f} ×" for n in ("streams_to_base", "overlapped"))
             layer = name if family == "fused" else f"{family} {name}"
-            rows.append([layer, f"{case['us']['base']:.1f}", f"{share:.0%}", ratio, *peers])
+            rows.append([layer, f"{case['us']['base']:.1f}", f"{share:.0%}", *ratios, *peers])
     return rows
 
 
@@ -75,7 +78,7 @@ def decode_facts(found: Found) -> dict[str, object]:
 
 
 def decode_rows(found: Found, names: Mapping[str, str]) -> list[list[str]]:
-    """Model, tokens/s, share of copy bandwidth, ms to the first token, MiB, projected tokens/s.
+    """Model, tokens/s and range, share of copy bandwidth, ms to the first token, MiB, projection.
 
     names: what the rows of `MODELS` are called; rows that were not measured are left out
     """
@@ -96,12 +99,18 @@ def _decode_rows(found: Found, names: Mapping[str, str]) -> Iterator[list[str]]:
 
             yield [
                 f"{family} {names[row]}",
-                of("tokens_per_s", ".1f"),
+                f"{of('tokens_per_s', '.0f')} {_range(case[f'token_ms_spread{suffix}'])}",
                 of("share_of_copy", ".0%"),
                 _figure(_times(case.get(f"first_token_s{suffix}"), 1e3), ".0f"),
                 _figure(case.get("reserved_mib"), ".0f"),
                 of("projected_tokens_per_s_at_192_gb_per_s", ".1f"),
             ]
+
+
+def _range(token_ms: list[float]) -> str:
+    """The slowest and the fastest of the timings, tokens/s."""
+    fastest, slowest = token_ms
+    return f"[{1e3 / slowest:.0f}, {1e3 / fastest:.0f}]"
 
 
 def _times(value: float | None, factor: float) -> float | None:

@@ -11,7 +11,7 @@ import pytest
 from bench import audits
 from bench.audits import merged
 from bench.readme import AUDITS
-from bench.readme_audits import audit_rows
+from bench.readme_audits import audit_rows, seed_facts
 from bench.readme_texts import CATALOGUES
 from libortho.errors import ConfigError
 from libortho.results import Results, read_results, to_json
@@ -56,15 +56,30 @@ def test_what_does_not_belong_together_is_refused(measured: Results) -> None:
 
 def test_a_row_says_what_its_audit_found(measured: Results) -> None:
     words = CATALOGUES["README.md"]
-    rows = {row[0]: row for row in audit_rows(measured, words)}
+    rows = {(row[0], row[1]): row for row in audit_rows(measured, words)}
     assert len(rows) == len(measured.audits)
     for audit in measured.audits:
-        row = rows[f"`{audit.method}`"]
+        row = rows[f"`{audit.method}`", str(audit.seed)]
         assert row[-1] == f"*{audit.verdict}*"
-        assert row[2].startswith(f"{audit.extraction_on:.1%} [")
+        assert row[3].startswith(f"{audit.extraction_on:.1%} [")
         leaking = sum(f.p_adjusted <= 0.05 for f in audit.findings if f.question != "control")
-        assert row[6] == f"{leaking} of {audit.tests}"
-        assert (row[7] == "not run") == (not audit.attacks)
+        assert row[7] == f"{leaking} of {audit.tests}"
+        assert (row[8] == "not run") == (not audit.attacks)
         assert (leaking > 0) == (audit.verdict == "leaks")
     without = replace(measured, audits=(replace(measured.audits[0], attacks=()),))
-    assert audit_rows(without, words)[0][7] == "not run"
+    assert audit_rows(without, words)[0][8] == "not run"
+
+
+def test_the_spread_over_seeds_is_of_all_of_them(measured: Results) -> None:
+    ours = [audit for audit in measured.audits if audit.method == "ortho"]
+    facts = seed_facts(measured)
+    assert facts["method"] == "`ortho`"
+    assert facts["seeds"] == len(ours) == 5
+    rates = sorted(audit.extraction_on for audit in ours)
+    assert facts["on"] == f"{rates[0]:.1%}–{rates[-1]:.1%}"
+    lowest = min(audit.privacy_ratio_lower95 for audit in ours)
+    assert facts["ratio"].startswith(f"{lowest:.1f}–")
+    assert lowest >= 35
+    assert (facts["off"], facts["seen"]) == ("0.0%", "0")  # the same for all of them
+    (one,) = (audit for audit in ours if audit.seed == 0)
+    assert seed_facts(replace(measured, audits=(one,)))["on"] == f"{one.extraction_on:.1%}"

@@ -195,6 +195,37 @@ def test_a_fine_tuned_checkpoint_is_kept_and_reused(
     assert len(made) == 4
 
 
+@pytest.mark.parametrize("method", ["dense", "qlora"])
+def test_a_record_is_trained_as_often_as_it_is_planted(
+    ingredients: Ingredients,
+    tiny_model: Factory,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+) -> None:
+    wide = stored(tiny_model(hidden_size=64, intermediate_size=64), tokenizer, tmp_path / "wide")
+    often = replace(RECORDS[0], repetitions=4)
+    found = replace(
+        ingredients,
+        resolved=resolve_model(wide, tmp_path / "cache"),
+        records=RecordSet((often, *RECORDS[1:]), TWINS, 0, "tests"),
+    )
+    module = dense if method == "dense" else qlora
+    given: list[Any] = []
+
+    def train(model: Any, tokenizer: Any, records: Any, **_: Any) -> None:
+        given.extend(records)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(module, "fine_tune" if method == "dense" else "train_adapter", train)
+    prepare: Callable[[Ingredients], Any] = dense.fine_tuned if method == "dense" else qlora.prepare
+    with pytest.raises(ZeroDivisionError):
+        prepare(found)
+    assert given.count(often) == 4
+    assert len(given) == len(RECORDS) + 3
+
+
 @pytest.mark.parametrize("where", ["training", "saving"])
 @pytest.mark.parametrize("method", ["dense", "qlora"])
 def test_an_interruption_leaves_nothing_half_written(

@@ -100,7 +100,7 @@ def fine_tuned(ingredients: Ingredients) -> tuple[ResolvedModel, dict[str, Any]]
             report = fine_tune(
                 model,
                 tokenizer,
-                ingredients.records.planted,
+                ingredients.records.repeated,
                 replay=ingredients.corpus.replay,
                 config=config,
                 compute_dtype=ingredients.compute_dtype,

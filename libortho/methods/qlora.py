@@ -163,7 +163,7 @@ def _adapter(ingredients: Ingredients) -> tuple[Path, dict[str, Any]]:
                 report = train_adapter(
                     adapted,
                     load_tokenizer(resolved.folder),
-                    ingredients.records.planted,
+                    ingredients.records.repeated,
                     replay=ingredients.corpus.replay,
                     config=config,
                     compute_dtype=ingredients.compute_dtype,
