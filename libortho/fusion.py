@@ -152,9 +152,11 @@ def _is_part(tensor: Tensor) -> bool:
 
 def _pair(layer: OrthoLinear) -> None:
     for names in (_STREAMS[:2], _STREAMS[2:]):
-        both = stream.paired(*(getattr(layer, name).detach() for name in names))
-        for name, tensor in zip(names, both, strict=True):
-            setattr(layer, name, tensor)
+        before = [getattr(layer, name) for name in names]
+        after = stream.paired(*before)
+        if after[1] is not before[1]:  # masters in tuning stay the very tensors that they are
+            for name, tensor in zip(names, after, strict=True):
+                setattr(layer, name, tensor)
 
 
 def _alike(layers: Sequence[OrthoLinear]) -> bool:

@@ -229,6 +229,18 @@ def test_every_stream_lies_in_pairs_until_it_is_undone(separated_model: Callable
     torch.testing.assert_close(layers[0](x), x @ weights[0].t(), rtol=1e-4, atol=1e-4)
 
 
+def test_masters_in_tuning_stay_the_tensors_that_they_are(
+    separated_model: Callable[..., Any],
+) -> None:
+    model = private_of(separated_model())
+    layer = model.model.layers[0].self_attn.o_proj
+    masters = layer.private_values.float().requires_grad_()
+    layer.private_values = masters
+    fuse_projections(model)
+    assert layer.private_values is masters
+    assert stream.is_paired(layer.residual_columns, layer.residual_values)
+
+
 def test_layers_that_differ_stay_apart(separated_model: Callable[..., Any]) -> None:
     model = private_of(separated_model())
     attention = model.model.layers[0].self_attn

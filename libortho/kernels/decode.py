@@ -114,6 +114,64 @@ def _step_sums(
 
 
 @triton.jit
+def _steps(
+    first,
+    last,
+    accumulator,
+    ahead,  # the first step's words, if they were read already
+    words_ptr,
+    scales_ptr,
+    zeros_ptr,
+    x_ptr,
+    stride_x,
+    unit,
+    row,
+    token,
+    token_mask,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    WORDS: tl.constexpr,
+    BYTES: tl.constexpr,
+    PREFETCH: tl.constexpr,
+):
+    """Add steps `first` to `last` to the accumulator; it, and the words that were read ahead."""
+    COLUMNS: tl.constexpr = CHUNKS * WORDS * 8 * BYTES // BITS
+    WIDTH: tl.constexpr = (IN * BITS + 7) // 8 // BYTES
+    word = tl.arange(0, CHUNKS)[:, None, None, None, None] * WORDS
+    word += tl.arange(0, WORDS)[None, None, None, :, None]
+    for step in range(first, last):
+        w = ahead
+        if PREFETCH:
+            next_word = word + (step + 1) * CHUNKS * WORDS
+            ahead = _read_words(words_ptr, row, next_word, WIDTH, OUT, WORDS)
+        elif IN > COLUMNS:  # more steps than one
+            w = _read_words(words_ptr, row, word + step * CHUNKS * WORDS, WIDTH, OUT, WORDS)
+        accumulator += _step_sums(
+            x_ptr,
+            stride_x,
+            scales_ptr,
+            zeros_ptr,
+            w,
+            step,
+            unit,
+            row,
+            token,
+            token_mask,
+            IN,
+            OUT,
+            BITS,
+            GROUP,
+            CHUNKS,
+            WORDS,
+            BYTES,
+        )
+    return accumulator, ahead
+
+
+@triton.jit
 def _stream_sums(
     x_ptr,
     stride_x,
@@ -233,33 +291,29 @@ def _decode_kernel(  # noqa: PLR0912, PLR0915 - a kernel is one body
 
     # Up to here only weights were read.
     wait(OVERLAP)
-    for step in range(BEFORE):
-        w = ahead
-        if PREFETCH:
-            next_word = word + (step + 1) * CHUNKS * WORDS
-            ahead = _read_words(words_ptr, row, next_word, WIDTH, OUT, WORDS)
-        elif STEPS > 1:
-            w = _read_words(words_ptr, row, word + step * CHUNKS * WORDS, WIDTH, OUT, WORDS)
-        accumulator += _step_sums(
-            x_ptr,
-            stride_x,
-            scales_ptr,
-            zeros_ptr,
-            w,
-            step,
-            unit,
-            row,
-            token,
-            token_mask,
-            IN,
-            OUT,
-            BITS,
-            GROUP,
-            CHUNKS,
-            WORDS,
-            BYTES,
-        )
-
+    accumulator, ahead = _steps(
+        0,
+        BEFORE,
+        accumulator,
+        ahead,
+        words_ptr,
+        scales_ptr,
+        zeros_ptr,
+        x_ptr,
+        stride_x,
+        unit,
+        row,
+        token,
+        token_mask,
+        IN,
+        OUT,
+        BITS,
+        GROUP,
+        CHUNKS,
+        WORDS,
+        BYTES,
+        PREFETCH,
+    )
     if RESIDUAL + PRIVATE > 0:
         # What follows has to wait for the entries; the barrier keeps it behind all loads so far.
         tl.debug_barrier()
@@ -308,32 +362,29 @@ def _decode_kernel(  # noqa: PLR0912, PLR0915 - a kernel is one body
         thread = tl.arange(0, CHUNKS)[:, None, None, None, None]
         its_row = tl.arange(0, ROWS)[None, None, :, None, None]
         accumulator += tl.where(thread % ROWS == its_row, own, 0.0)
-    for step in range(BEFORE, STEPS):
-        w = ahead
-        if PREFETCH:
-            next_word = word + (step + 1) * CHUNKS * WORDS
-            ahead = _read_words(words_ptr, row, next_word, WIDTH, OUT, WORDS)
-        else:
-            w = _read_words(words_ptr, row, word + step * CHUNKS * WORDS, WIDTH, OUT, WORDS)
-        accumulator += _step_sums(
-            x_ptr,
-            stride_x,
-            scales_ptr,
-            zeros_ptr,
-            w,
-            step,
-            unit,
-            row,
-            token,
-            token_mask,
-            IN,
-            OUT,
-            BITS,
-            GROUP,
-            CHUNKS,
-            WORDS,
-            BYTES,
-        )
+    accumulator, ahead = _steps(
+        BEFORE,
+        STEPS,
+        accumulator,
+        ahead,
+        words_ptr,
+        scales_ptr,
+        zeros_ptr,
+        x_ptr,
+        stride_x,
+        unit,
+        row,
+        token,
+        token_mask,
+        IN,
+        OUT,
+        BITS,
+        GROUP,
+        CHUNKS,
+        WORDS,
+        BYTES,
+        PREFETCH,
+    )
     y = tl.sum(tl.reshape(accumulator, [CHUNKS, TOKENS, ROWS]), 0)  # [tokens, rows]
 
     out = (first + tl.arange(0, ROWS))[None, :]
