@@ -66,6 +66,7 @@ def product_plus(layer: OrthoLinear, x: Tensor, addend: Tensor) -> Tensor | None
     two rounded tensors is not.
     """
     one_row = x.numel() == layer.in_features and addend.numel() == layer.out_features
+    one_row = one_row and addend.dtype == x.dtype  # what comes out is of that dtype as well
     plain = layer.bias is None and layer._observer is None and layer.siblings is None
     wanted = torch.is_grad_enabled() and x.requires_grad
     if not one_row or not plain or wanted or layer.held_dtype is not None:

@@ -109,19 +109,22 @@ class _Adds:
 
 def _blocks(model: Any) -> list[Callable[[], None]]:
     """Answer for the forward of blocks that are two sums: of attention and of what follows it."""
-    found = [module for module in model.modules() if _is_block(module)]
     undo: list[Callable[[], None]] = []
-    for block in found:
-        for layer in (block.self_attn.o_proj, block.mlp.down_proj):
+    same: dict[type, bool] = {}  # of each kind of block the first one is tried
+    for block in [module for module in model.modules() if _is_block(module)]:
+        last = block.self_attn.o_proj, block.mlp.down_proj
+        for layer in last:
             layer.forward = _Adds(layer)
-            undo.append(functools.partial(layer.__dict__.pop, "forward"))
-    if not found or not _sums_are_the_same(model, found[0]):
-        for each in undo:
-            each()
-        return []
-    for block in found:
-        block.forward = _two_sums(block)
-        undo.append(functools.partial(block.__dict__.pop, "forward"))
+        back = [functools.partial(vars(m).pop, "forward", None) for m in (*last, block)]
+        kind = type(block)
+        if kind not in same:
+            same[kind] = _sums_are_the_same(model, block)
+        if same[kind]:
+            block.forward = _two_sums(block)
+            undo += back
+        else:
+            for each in back:
+                each()
     return undo
 
 

@@ -460,7 +460,7 @@ def test_blocks_that_sum_otherwise_are_left_alone(monkeypatch: pytest.MonkeyPatc
 
     from libortho import shortcuts
 
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50}
     model = LlamaForCausalLM(LlamaConfig(**sizes, **heads)).half().eval()
     separate_linears(model)
@@ -476,6 +476,23 @@ def test_blocks_that_sum_otherwise_are_left_alone(monkeypatch: pytest.MonkeyPatc
                 each()
             assert "forward" not in vars(block)
             assert "forward" not in vars(block.mlp.down_proj)
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", theirs)
+
+    class Other(LlamaDecoderLayer):
+        """Another kind beside the first: what holds of one says nothing of the other."""
+
+        def forward(self, x: Tensor, **more: Any) -> Tensor:
+            return 1.1 * super().forward(x, **more)
+
+    odd = model.model.layers[1]
+    odd.__class__ = Other
+    with torch.no_grad():
+        undo = shortcuts._blocks(model)
+    assert "forward" in vars(block)
+    assert "forward" not in vars(odd)
+    assert "forward" not in vars(odd.self_attn.o_proj)
+    for each in undo:
+        each()
 
 
 @some
