@@ -1,25 +1,31 @@
 """Decode at one token: base alone, with both streams at alpha 1 and 0, and the peers beside them.
 
-The ratio of the two is taken of each side's best config, and with one config for both.
+The ratio of the two is taken of each side's best config, and with one config for both; launched in
+turn, and overlapped as a captured step launches them, with the configs that are best for that.
 """
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
-from bench.gpu_run import REPLAYS, Run, Section, capture, operand_sets
+from bench.gpu_run import REPLAYS, Captured, Run, Section, capture, operand_sets
 from bench.gpu_timings import DENSITY, SHAPES, bare, calls, peers, share, short, timed
 from bench.kernel_cases import Case, Operands
 from libortho.kernels import autotune
 from libortho.kernels.configs import DecodeConfig, reasoned
-from libortho.kernels.overlap import overlapped
+from libortho.kernels.overlap import overlapped, why_not
 
-FINALISTS = 3
+FINALISTS = 4
 """Configs of each side that are timed again, in turn: the first round's order is partly noise."""
+SIDES = ("base", "streams")
+Key = tuple[str, DecodeConfig]
+"""A side, and the config that it is launched with."""
 
 
 def single_token(family: str) -> Section:
@@ -29,8 +35,8 @@ def single_token(family: str) -> Section:
         run.lines.append(
             f"{family}, 1 token, float16 | base us, of copy | with streams us, ratio of the best, "
             "at the streams' config, at the base's; of copy | alpha 0 us | the same two, "
-            "overlapped, and their ratio | int4pack us | dense us "
-            "| rows, warps, words, prefetch, early; the base's"
+            "overlapped | int4pack us | dense us | rows, warps, words, prefetch of the base; the "
+            "streams; the same, overlapped"
         )
         for name, shape in SHAPES[family].items():
             if run.left_s < 10:
@@ -57,70 +63,57 @@ def _single_token(run: Run, plain: Case, name: str) -> dict[str, Any]:
         for row in rows[:FINALISTS]
         if row["us"] is not None
     )
-    # Replayed in turn, so that a ratio is of one and the same minute, and of one config as well.
-    graphs = {
-        (side, config): capture(calls(operands, config))
-        for config in finalists
-        for side, operands in (("base", bare_sets), ("streams", sets))
-        if run.compiler.problem(
-            replace(plain if side == "base" else case, config=config), min(30, run.left_s - 5)
-        )
-        is None
-    }
-    times: dict[tuple[str, DecodeConfig], list[float]] = {key: [] for key in graphs}
-    for _ in range(2 * REPLAYS):
-        for key, captured in graphs.items():
-            times[key].append(captured.replay_us())
-    medians = {key: statistics.median(values) for key, values in times.items()}
-    base_best, best = (
-        min((key for key in medians if key[0] == side), key=medians.__getitem__)[1]
-        for side in ("base", "streams")
-    )
-    # As a captured step launches them: each begins while the one ahead still runs.
-    in_a_row = _overlapped_us(
-        run, {"base": (plain, bare_sets, base_best), "streams": (case, sets, best)}
-    )
-    silent = []
+    sides = {"base": (plain, bare_sets), "streams": (case, sets)}
+    # In turn first. As a captured step launches them, each begins while the one ahead still runs.
+    in_turn = _graphs(run, sides, finalists, overlap=False)
+    times = _in_turn(in_turn)
+    problem = why_not(torch.device("cuda", 0))
+    in_a_row = {} if problem else _in_turn(_graphs(run, sides, finalists, overlap=True))
     for operands in sets:
         operands.alpha.zero_()
-    for _ in range(2 * REPLAYS):
-        silent.append(graphs["streams", best].replay_us())
-    del graphs
-    us = {
-        "base": medians["base", base_best],
-        "streams": medians["streams", best],
-        "base, the streams' config": medians.get(("base", best)),
-        "streams, the base's config": medians.get(("streams", base_best)),
+    best = {side: _fastest(times, side) for side in SIDES}
+    silent = [in_turn["streams", best["streams"]].replay_us() for _ in range(2 * REPLAYS)]
+    del in_turn
+    us: dict[str, float | None] = {
+        **{side: _median(times, side, best[side]) for side in SIDES},
+        "base, the streams' config": _median(times, "base", best["streams"]),
+        "streams, the base's config": _median(times, "streams", best["base"]),
         "alpha 0": statistics.median(silent),
-        **{f"{side}, overlapped": value for side, value in in_a_row.items()},
+        **{f"{side}, overlapped": None for side in SIDES},
+    }
+    if in_a_row:
+        best |= {f"{side}, overlapped": _fastest(in_a_row, side) for side in SIDES}
+        us |= {
+            f"{side}, overlapped": _median(in_a_row, side, best[f"{side}, overlapped"])
+            for side in SIDES
+        }
+    ratios = {
+        "ratio_streams_to_base": _ratio(us["streams"], us["base"]),
+        "ratio_at_the_streams_config": _ratio(us["streams"], us["base, the streams' config"]),
+        "ratio_at_the_bases_config": _ratio(us["streams, the base's config"], us["base"]),
+        "ratio_overlapped": _ratio(us["streams, overlapped"], us["base, overlapped"]),
     }
     base_share, streams_share = (
-        share(run, c.bytes_read, us[key]) for c, key in ((plain, "base"), (case, "streams"))
+        share(run, sides[side][0].bytes_read, us[side] or float("inf")) for side in SIDES
     )
     beside = peers(case, sets)
     processors = run.found["environment"]["multiprocessors"]
-    ratios = {
-        "ratio_streams_to_base": us["streams"] / us["base"],
-        "ratio_at_the_streams_config": _ratio(us["streams"], us["base, the streams' config"]),
-        "ratio_at_the_bases_config": _ratio(us["streams, the base's config"], us["base"]),
-        "ratio_overlapped": _ratio(in_a_row["streams"], in_a_row["base"]),
-    }
     run.lines.append(
         f"  {name:14s} | {us['base']:6.2f} {base_share:.0%} | {us['streams']:6.2f} "
         f"{' '.join(f'{r:.3f}' if r else '-' for r in ratios.values())} {streams_share:.0%} | "
-        f"{us['alpha 0']:6.2f} | {in_a_row['base']:.2f} {in_a_row['streams']:.2f} | "
+        f"{us['alpha 0']:6.2f} | {us['base, overlapped']} {us['streams, overlapped']} | "
         f"{beside['int4pack_us']} | {beside['dense_us']} | "
-        f"{short(best)}; {short(base_best)}"
+        f"{'; '.join(short(config) for config in best.values())}"
     )
     return found | {
         "shape": [case.out_features, case.in_features],
         "us": us,
-        "best": {"streams": asdict(best), "base": asdict(base_best)},
+        "best": {key: asdict(config) for key, config in best.items()},
         "spread_us": {
-            "base": [min(times["base", base_best]), max(times["base", base_best])],
-            "streams": [min(times["streams", best]), max(times["streams", best])],
+            side: [min(times[side, best[side]]), max(times[side, best[side]])] for side in SIDES
         },
         **ratios,
+        "overlapped_reason": problem,
         "base_bytes": plain.bytes_read,
         "streams_bytes": case.bytes_read - plain.bytes_read,
         "base_share_of_copy": base_share,
@@ -131,21 +124,42 @@ def _single_token(run: Run, plain: Case, name: str) -> dict[str, Any]:
     }
 
 
-def _overlapped_us(
-    run: Run, sides: dict[str, tuple[Case, list[Operands], DecodeConfig]]
-) -> dict[str, float]:
-    """Microseconds of a launch of each side, in turn, in graphs whose launches overlap."""
+def _graphs(
+    run: Run,
+    sides: dict[str, tuple[Case, list[Operands]]],
+    configs: Iterable[DecodeConfig],
+    *,
+    overlap: bool,
+) -> dict[Key, Captured]:
+    """A graph of launches for each side and config whose kernel can be built."""
     graphs = {}
-    for side, (case, sets, config) in sides.items():
-        problem = run.compiler.problem(replace(case, config=config, overlap=True), 30)
-        assert problem is None, problem
-        with overlapped(torch.device("cuda", 0)):
-            graphs[side] = capture(calls(sets, config))
-    times: dict[str, list[float]] = {side: [] for side in graphs}
+    for config in configs:
+        for side, (case, sets) in sides.items():
+            wanted = replace(case, config=config, overlap=overlap)
+            if run.compiler.problem(wanted, min(30, run.left_s - 5)) is None:
+                with overlapped(torch.device("cuda", 0)) if overlap else nullcontext():
+                    graphs[side, config] = capture(calls(sets, config))
+    return graphs
+
+
+def _in_turn(graphs: dict[Key, Captured]) -> dict[Key, list[float]]:
+    """Times of all graphs, replayed in turn: a ratio is of one and the same minute."""
+    times: dict[Key, list[float]] = {key: [] for key in graphs}
     for _ in range(2 * REPLAYS):
-        for side, captured in graphs.items():
-            times[side].append(captured.replay_us())
-    return {side: statistics.median(values) for side, values in times.items()}
+        for key, captured in graphs.items():
+            times[key].append(captured.replay_us())
+    return times
+
+
+def _fastest(times: dict[Key, list[float]], side: str) -> DecodeConfig:
+    return min((key for key in times if key[0] == side), key=lambda k: statistics.median(times[k]))[
+        1
+    ]
+
+
+def _median(times: dict[Key, list[float]], side: str, config: DecodeConfig) -> float | None:
+    found = times.get((side, config))
+    return None if found is None else statistics.median(found)
 
 
 def _ratio(above: float | None, below: float | None) -> float | None:

@@ -223,8 +223,8 @@ def share(run: Run, moved_bytes: int, us: float) -> float:
 
 
 def short(config: DecodeConfig) -> str:
-    flags = f"{'+' if config.prefetch else '-'}{'e' if config.early else ''}"
-    return f"{config.rows},{config.warps},{config.words},{flags}"
+    flag = "+" if config.prefetch else ""
+    return f"{config.rows},{config.warps},{config.words}{flag}"
 
 
 def _product(operands: Operands) -> Tensor:

@@ -159,7 +159,6 @@ def random_cases(count: int, seed: int) -> list[Case]:
             warps=rng.choice([1, 2, 4]),
             words=rng.choice([4, 2, 1] if tokens <= 2 else [2, 1]),
             prefetch=rng.random() < 0.5,
-            early=rng.random() < 0.5,
         )
         if word_layout(shape, config.words) is None:
             continue

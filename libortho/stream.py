@@ -8,7 +8,7 @@ Knows tensors only. A stream is a pair
 which stands for the matrix `S[o, columns[j, o]] = values[j, o]`: 4 bytes an entry, no row pointers,
 the same work for every row. `out` is the fast dimension, so that neighbouring rows are read
 together. For decoding the two may be views of one tensor in which each value lies beside its column
-(`paired`): one read instead of two, and fewer parts of sectors that nobody asked for.
+and a row's entries beside each other (`paired`): one read instead of two, all of it asked for.
 """
 
 from __future__ import annotations
@@ -60,19 +60,23 @@ def select(scores: Tensor, k: int) -> Tensor:
 
 
 def paired(columns: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """The same stream, each value beside its column in memory: views, of strides `(2 * out, 2)`.
+    """The same stream as it lies best for decoding: views `[k, out]` of `(column, value)` pairs.
+
+    In memory pairs are `[out, k]`, so that strides are `(2, 2 * k)`: what a few rows have lies
+    together.
 
     Values that are not float16 (masters in tuning) stay where they are, and so do no entries.
     """
     if values.dtype != torch.float16 or not values.numel() or is_paired(columns, values):
         return columns, values
-    both = torch.stack([part.detach().view(torch.int16) for part in (columns, values)], -1)
+    parts = [part.detach().view(torch.int16).t() for part in (columns, values)]
+    both = torch.stack(parts, -1).transpose(0, 1)
     return both.view(torch.uint16)[..., 0], both.view(torch.float16)[..., 1]
 
 
 def is_paired(columns: Tensor, values: Tensor) -> bool:
     """Whether two tensors lie in memory as `paired` lays them."""
-    strides = (2 * columns.shape[1], 2)
+    strides = (2, 2 * columns.shape[0])
     return (
         values.dtype == torch.float16
         and columns.stride() == values.stride() == strides

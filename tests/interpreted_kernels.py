@@ -103,7 +103,6 @@ configs = st.builds(
     warps=st.sampled_from([1, 2, 4]),
     words=st.sampled_from([1, 2, 4]),
     prefetch=st.booleans(),
-    early=st.booleans(),
 )
 
 

@@ -92,7 +92,8 @@ def test_a_paired_stream_is_the_same_stream(given: Streams) -> None:
     stream.check(*both, in_features, columns.shape[1], "stream")
     assert torch.equal(dense(*both, in_features), dense(columns, values, in_features))
     x = torch.randn(2, in_features, generator=generator)
-    assert torch.equal(stream.multiply(x, *both), stream.multiply(x, columns, values))
+    # Sums along other strides are made in another order.
+    torch.testing.assert_close(stream.multiply(x, *both), stream.multiply(x, columns, values))
     masters = values.float()
     assert stream.paired(columns, masters)[1] is masters
 

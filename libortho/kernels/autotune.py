@@ -27,6 +27,7 @@ from .configs import Chosen, DecodeConfig, Shape, default_config, word_layout
 VARIABLE = "LIBORTHO_AUTOTUNE"
 """Environment variable: 1 to measure each shape at its first use."""
 
+
 log = logging.getLogger(__name__)
 _chosen: dict[tuple[Shape, int, torch.device], Chosen] = {}
 
@@ -79,8 +80,6 @@ def candidates(shape: Shape, tokens: int) -> list[DecodeConfig]:
             continue
         ahead = (False,) if steps == 1 else (True,) if tokens > 1 else (False, True)
         found += [DecodeConfig(rows, warps, words, flag) for flag in ahead]
-        if ahead[-1] and tokens == 1:
-            found.append(DecodeConfig(rows, warps, words, prefetch=True, early=True))
     return found
 
 

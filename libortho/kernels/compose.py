@@ -85,7 +85,7 @@ def _compose_kernel(
     packed_ptr,  # uint8 [out, ceil(in * bits / 8)]
     scales_ptr,  # float16 [out, groups]
     zeros_ptr,
-    residual_columns_ptr,  # uint16 [residual slots, out]; slots lie STRIDE apart, rows STEP
+    residual_columns_ptr,  # uint16 [residual slots, out]
     residual_values_ptr,
     private_columns_ptr,  # uint16 [private slots, out]
     private_values_ptr,
@@ -94,8 +94,10 @@ def _compose_kernel(
     unit,  # fields.UNIT
     IN: tl.constexpr,
     OUT: tl.constexpr,
-    STRIDE: tl.constexpr,
-    STEP: tl.constexpr,
+    RESIDUAL_STRIDE: tl.constexpr,  # of slots
+    RESIDUAL_STEP: tl.constexpr,  # of rows
+    PRIVATE_STRIDE: tl.constexpr,
+    PRIVATE_STEP: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     RESIDUAL: tl.constexpr,  # slots
@@ -141,7 +143,7 @@ def _compose_kernel(
         for start in range(0, RESIDUAL, LANES):
             slot = start + lane
             mask = (slot < RESIDUAL) & (row < OUT)
-            at = slot * STRIDE + row * STEP
+            at = slot * RESIDUAL_STRIDE + row * RESIDUAL_STEP
             column = tl.load(residual_columns_ptr + at, mask=mask, other=0).to(tl.int32)
             entry = _base_entry(
                 packed_ptr, scales_ptr, zeros_ptr, row, column, mask, IN, BITS, GROUP
@@ -159,7 +161,7 @@ def _compose_kernel(
         for start in range(0, PRIVATE, LANES):
             slot = start + lane
             mask = (slot < spoken) & (row < OUT)
-            at = slot * STRIDE + row * STEP
+            at = slot * PRIVATE_STRIDE + row * PRIVATE_STEP
             column = tl.load(private_columns_ptr + at, mask=mask, other=0).to(tl.int32)
             entry = _base_entry(
                 packed_ptr, scales_ptr, zeros_ptr, row, column, mask, IN, BITS, GROUP
@@ -171,8 +173,8 @@ def _compose_kernel(
                     row,
                     column,
                     mask,
-                    STRIDE,
-                    STEP,
+                    RESIDUAL_STRIDE,
+                    RESIDUAL_STEP,
                     RESIDUAL,
                 )
             value_p = tl.load(private_values_ptr + at, mask=mask, other=0.0).to(tl.float32)
@@ -196,9 +198,7 @@ def compose_arguments(
     group = lattice.in_features if lattice.group_size == PER_ROW else lattice.group_size
     layout = word_layout(Shape.of(lattice), 1)
     assert layout is not None, "the dispatcher offers no such lattice"
-    parts = [part for part in (*residual, *private) if part.shape[0]]
-    stride, step = parts[0].stride() if parts else (out_features, 1)
-    assert all(part.stride() == (stride, step) for part in parts)
+    assert all(one.stride() == other.stride() for one, other in (residual, private))
     arguments: dict[str, object] = {
         "packed_ptr": lattice.packed,
         "scales_ptr": lattice.scales,
@@ -212,8 +212,10 @@ def compose_arguments(
         "unit": UNIT,
         "IN": lattice.in_features,
         "OUT": out_features,
-        "STRIDE": stride,
-        "STEP": step,
+        "RESIDUAL_STRIDE": residual[0].stride(0),
+        "RESIDUAL_STEP": residual[0].stride(1),
+        "PRIVATE_STRIDE": private[0].stride(0),
+        "PRIVATE_STEP": private[0].stride(1),
         "BITS": lattice.bits,
         "GROUP": group,
         "RESIDUAL": residual[0].shape[0],
@@ -235,14 +237,16 @@ def compose(
 ) -> Tensor:
     """base + residual + alpha * private, `[out, in]`, summed in float32 and rounded to `dtype`.
 
-    Arguments as in `decode`, but streams may be columns `[k, out]` of larger ones: if their strides
-    are the same they are read where they lie. alpha is read by the kernel, and at 0 the private
-    stream is not.
+    Arguments as in `decode`, but streams may be columns `[k, out]` of larger ones: where columns
+    and values have the same strides they are read where they lie. alpha is read by the kernel, and
+    at 0 the private stream is not.
     """
-    strides = {part.stride() for part in (*residual, *private) if part.shape[0]}
-    if len(strides) > 1:
-        residual = residual[0].contiguous(), residual[1].contiguous()
-        private = private[0].contiguous(), private[1].contiguous()
+    residual, private = (
+        part
+        if part[0].stride() == part[1].stride()
+        else (part[0].contiguous(), part[1].contiguous())
+        for part in (residual, private)
+    )
     shape = (lattice.packed.shape[0], lattice.in_features)
     weight = torch.empty(shape, dtype=dtype, device=lattice.packed.device)
     grid, arguments = compose_arguments(lattice, residual, private, alpha, weight)

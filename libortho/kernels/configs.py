@@ -44,14 +44,12 @@ class DecodeConfig:
     prefetch: read the next step's words before this step's arithmetic; if not, the overlap is left
         to the other programs. Not by Triton's pipelining: its copies of `x` would go past the L1
         cache, in which a multiprocessor's programs share it
-    early: multiply the streams after the first step, under the words of the second; not at the end
     """
 
     rows: int
     warps: int
     words: int
     prefetch: bool
-    early: bool = False
 
 
 class Chosen(NamedTuple):
@@ -65,16 +63,16 @@ MEASURED: dict[tuple[int, int], dict[tuple[int, int, int], DecodeConfig]] = {
     # compute capability: {(out_features, in_features, tokens): config} at 4 bits
     (8, 9): {},
     (9, 0): {
-        (4096, 4096, 1): DecodeConfig(rows=4, warps=2, words=4, prefetch=True, early=True),
+        (4096, 4096, 1): DecodeConfig(rows=4, warps=2, words=4, prefetch=True),
         (1024, 4096, 1): DecodeConfig(rows=8, warps=4, words=4, prefetch=False),
-        (14336, 4096, 1): DecodeConfig(rows=8, warps=2, words=4, prefetch=True, early=True),
-        (4096, 14336, 1): DecodeConfig(rows=4, warps=2, words=4, prefetch=True, early=True),
+        (14336, 4096, 1): DecodeConfig(rows=8, warps=2, words=4, prefetch=True),
+        (4096, 14336, 1): DecodeConfig(rows=4, warps=2, words=4, prefetch=True),
         (3072, 3072, 1): DecodeConfig(rows=4, warps=4, words=4, prefetch=False),
         (1024, 3072, 1): DecodeConfig(rows=2, warps=4, words=4, prefetch=False),
         (8192, 3072, 1): DecodeConfig(rows=4, warps=1, words=4, prefetch=True),
         (3072, 8192, 1): DecodeConfig(rows=8, warps=4, words=4, prefetch=False),
         (6144, 4096, 1): DecodeConfig(rows=8, warps=2, words=4, prefetch=False),
-        (28672, 4096, 1): DecodeConfig(rows=8, warps=2, words=4, prefetch=True, early=True),
+        (28672, 4096, 1): DecodeConfig(rows=8, warps=2, words=4, prefetch=True),
         (5120, 3072, 1): DecodeConfig(rows=8, warps=4, words=4, prefetch=False),
         (16384, 3072, 1): DecodeConfig(rows=4, warps=1, words=4, prefetch=False),
         (4096, 4096, 8): DecodeConfig(rows=4, warps=1, words=2, prefetch=True),

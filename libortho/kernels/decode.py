@@ -44,24 +44,74 @@ def _read_words(words_ptr, row, word, WIDTH: tl.constexpr, OUT: tl.constexpr, WO
 
 
 @triton.jit
-def _read_slots(columns_ptr, values_ptr, entry, mask, PAIRED: tl.constexpr):
-    if PAIRED:  # column and value in the halves of a word
-        pairs_ptr = columns_ptr.to(tl.pointer_type(tl.int32))
-        pairs = tl.load(pairs_ptr + entry, mask=mask, other=0)
-        columns = (pairs & 0xFFFF).to(tl.uint16)
+def _read_entries(
+    columns_ptr,
+    values_ptr,
+    entry,  # of the program's ROWS * SLOTS
+    first,  # its first row
+    slots,  # of which any are heard
+    OUT: tl.constexpr,
+    SLOTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    PAIRED: tl.constexpr,
+):
+    """Columns int32 and values of a program's entries; 0 where there is none."""
+    if PAIRED:  # a program's entries lie together, column and value in the halves of a word
+        at = first * SLOTS + entry
+        mask = entry < ROWS * slots
+        if OUT % ROWS != 0:
+            mask &= at < OUT * SLOTS
+        pairs = tl.load(columns_ptr.to(tl.pointer_type(tl.int32)) + at, mask=mask, other=0)
+        columns = pairs & 0xFFFF
         values = (pairs >> 16).to(tl.int16).to(tl.float16, bitcast=True)
     else:
-        columns = tl.load(columns_ptr + entry, mask=mask, other=0)
-        values = tl.load(values_ptr + entry, mask=mask, other=0.0)
+        row = first + entry % ROWS
+        at = entry // ROWS * OUT + row
+        mask = (entry // ROWS < slots) & (row < OUT)
+        columns = tl.load(columns_ptr + at, mask=mask, other=0).to(tl.int32)
+        values = tl.load(values_ptr + at, mask=mask, other=0.0)
     return columns, values
 
 
 @triton.jit
-def _picked(x_ptr, stride_x, columns, values, mask, token, token_mask):
-    """Products of a block of entries, summed over its blocks: float32 [rows, lanes, tokens]."""
-    at = token * stride_x + columns.to(tl.int32)
-    x = tl.load(x_ptr + at, mask=mask & token_mask, other=0.0)
-    return tl.sum(x.to(tl.float32) * values.to(tl.float32), 2)
+def _read_blocks(
+    columns_ptr,
+    values_ptr,
+    first,
+    slots,
+    OUT: tl.constexpr,
+    SLOTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    PAIRED: tl.constexpr,
+):
+    """A stream's first entries, in blocks of one for each thread: tuples, which are not joined."""
+    columns = ()
+    values = ()
+    for block in tl.static_range(BLOCKS):
+        entry = block * CHUNKS + tl.arange(0, CHUNKS)
+        c, v = _read_entries(columns_ptr, values_ptr, entry, first, slots, OUT, SLOTS, ROWS, PAIRED)
+        # Triton knows no stars.
+        columns = columns + (c,)  # type: ignore[assignment]  # noqa: RUF005
+        values = values + (v,)  # type: ignore[assignment]  # noqa: RUF005
+    return columns, values
+
+
+@triton.jit
+def _products(x_ptr, stride_x, columns, values, token, tokens):
+    """Products of entries with x: float32 [entries, tokens]."""
+    at = token[None, :] * stride_x + columns[:, None]
+    x = tl.load(x_ptr + at, mask=(token < tokens)[None, :], other=0.0)
+    return x.to(tl.float32) * values.to(tl.float32)[:, None]
+
+
+@triton.jit
+def _per_row(products, entry, SLOTS: tl.constexpr, ROWS: tl.constexpr, PAIRED: tl.constexpr):
+    """Products [entries, tokens] where their rows are: [entries, tokens, rows], 0 elsewhere."""
+    row = entry // SLOTS if PAIRED else entry % ROWS
+    its_row = tl.arange(0, ROWS)[None, None, :]
+    return tl.where(row[:, None, None] == its_row, products[:, :, None], 0.0)
 
 
 @triton.jit
@@ -137,7 +187,7 @@ def _steps(
     BYTES: tl.constexpr,
     PREFETCH: tl.constexpr,
 ):
-    """Add steps `first` to `last` to the accumulator; it, and the words that were read ahead."""
+    """Add steps `first` to `last` to the accumulator."""
     COLUMNS: tl.constexpr = CHUNKS * WORDS * 8 * BYTES // BITS
     WIDTH: tl.constexpr = (IN * BITS + 7) // 8 // BYTES
     word = tl.arange(0, CHUNKS)[:, None, None, None, None] * WORDS
@@ -168,41 +218,76 @@ def _steps(
             WORDS,
             BYTES,
         )
-    return accumulator, ahead
+    return accumulator
 
 
 @triton.jit
 def _stream_sums(
+    sums,  # float32 [chunks, tokens, rows]
     x_ptr,
     stride_x,
     columns_ptr,
     values_ptr,
-    columns,  # the first block's, read already
+    columns,  # the first blocks', read already
     values,
-    slot,
-    entry,
+    first,
     slots,  # of which any are heard
-    row_mask,
-    token,
-    token_mask,
+    factor,
+    tokens,
     OUT: tl.constexpr,
     SLOTS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     PAIRED: tl.constexpr,
 ):
-    """A stream's products with x, float32 [rows, lanes, tokens], lanes not summed yet."""
-    mask = (slot < slots) & row_mask
-    sums = _picked(x_ptr, stride_x, columns, values, mask, token, token_mask)
-    for start in range(BLOCK, SLOTS, BLOCK):
-        mask = (start + slot < slots) & row_mask
-        at = start * OUT + entry
-        columns, values = _read_slots(columns_ptr, values_ptr, at, mask, PAIRED)
-        sums += _picked(x_ptr, stride_x, columns, values, mask, token, token_mask)
+    """Add a stream's products with x."""
+    token = tl.arange(0, TOKENS)
+    thread = tl.arange(0, CHUNKS)
+    for block in tl.static_range(BLOCKS):
+        products = _products(x_ptr, stride_x, columns[block], values[block], token, tokens)
+        sums += _per_row(factor * products, block * CHUNKS + thread, SLOTS, ROWS, PAIRED)
+    for start in range(BLOCKS * CHUNKS, ROWS * SLOTS, CHUNKS):
+        entry = start + thread
+        c, v = _read_entries(columns_ptr, values_ptr, entry, first, slots, OUT, SLOTS, ROWS, PAIRED)
+        products = _products(x_ptr, stride_x, c, v, token, tokens)
+        sums += _per_row(factor * products, entry, SLOTS, ROWS, PAIRED)
+    return sums
+
+
+@triton.jit
+def _both_sums(
+    sums,
+    x_ptr,
+    stride_x,
+    columns_r,
+    values_r,
+    columns_p,
+    values_p,
+    alpha,
+    tokens,
+    SLOTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    PAIRED: tl.constexpr,
+):
+    """Add two streams' products whose entries are of the same rows, and were all read."""
+    token = tl.arange(0, TOKENS)
+    for block in tl.static_range(BLOCKS):
+        products = _products(x_ptr, stride_x, columns_r[block], values_r[block], token, tokens)
+        products += alpha * _products(
+            x_ptr, stride_x, columns_p[block], values_p[block], token, tokens
+        )
+        entry = block * CHUNKS + tl.arange(0, CHUNKS)
+        sums += _per_row(products, entry, SLOTS, ROWS, PAIRED)
     return sums
 
 
 @triton.jit(do_not_specialize=["tokens", "unit"])
-def _decode_kernel(  # noqa: PLR0915 - a kernel is one body
+def _decode_kernel(
     x_ptr,  # [tokens, in], columns contiguous
     packed_ptr,  # uint8 [out, ceil(in * bits / 8)]
     scales_ptr,  # float16 [out, groups]
@@ -223,7 +308,7 @@ def _decode_kernel(  # noqa: PLR0915 - a kernel is one body
     GROUP: tl.constexpr,  # columns that share a scale
     RESIDUAL: tl.constexpr,  # slots
     PRIVATE: tl.constexpr,
-    RESIDUAL_BLOCKS: tl.constexpr,
+    RESIDUAL_BLOCKS: tl.constexpr,  # entries that a thread reads at once
     PRIVATE_BLOCKS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     TOKENS: tl.constexpr,  # at least `tokens`, a power of two
@@ -232,17 +317,14 @@ def _decode_kernel(  # noqa: PLR0915 - a kernel is one body
     WORDS: tl.constexpr,
     BYTES: tl.constexpr,  # of a word
     PREFETCH: tl.constexpr,
-    EARLY: tl.constexpr,
     PAIRED: tl.constexpr,  # whether a stream's value lies beside its column (stream.paired)
     OVERLAP: tl.constexpr,
 ):
     CHUNK: tl.constexpr = WORDS * 8 * BYTES // BITS  # columns
     STEPS: tl.constexpr = (IN + CHUNKS * CHUNK - 1) // (CHUNKS * CHUNK)
     WIDTH: tl.constexpr = (IN * BITS + 7) // 8 // BYTES  # words of a row
-    LANES: tl.constexpr = CHUNKS // ROWS  # threads on a row's entries
-    # Steps before the streams are multiplied. After the first one, that hides under the words that
-    # are on their way; after the last, it takes fewer registers.
-    BEFORE: tl.constexpr = 1 if EARLY else STEPS
+    # Whether one loop does for both streams.
+    ALIKE: tl.constexpr = RESIDUAL == PRIVATE and ROWS * RESIDUAL <= RESIDUAL_BLOCKS * CHUNKS
 
     let_go(OVERLAP)
     first = tl.program_id(0) * ROWS
@@ -259,111 +341,65 @@ def _decode_kernel(  # noqa: PLR0915 - a kernel is one body
     word = tl.arange(0, CHUNKS)[:, None, None, None, None] * WORDS
     word += tl.arange(0, WORDS)[None, None, None, :, None]
     ahead = _read_words(words_ptr, row, word, WIDTH, OUT, WORDS)
+    if PREFETCH:
+        second = _read_words(words_ptr, row, word + CHUNKS * WORDS, WIDTH, OUT, WORDS)
 
-    # The streams' entries are asked for before they are needed, but after the first words: whether
-    # private ones are asked for at all has to wait for alpha. The barrier keeps that order.
-    # Dimensions: row, lane, block, token.
-    # Without the hint, neighbouring rows would share a thread here and not in the gather from x,
-    # and every entry would be moved between threads.
-    row4 = (first + tl.arange(0, ROWS))[:, None, None, None]
-    lane4 = tl.arange(0, LANES)[None, :, None, None]
-    token4 = tl.arange(0, TOKENS)[None, None, None, :]
-    live4 = row4 < OUT
-    token_mask4 = token4 < tokens
+    # The streams' entries are asked for long before they are needed, but after the first words:
+    # whether private ones are asked for at all has to wait for alpha.
     if RESIDUAL > 0:
-        slot_r = tl.arange(0, RESIDUAL_BLOCKS)[None, None, :, None] * LANES + lane4
-        entry_r = tl.max_contiguous(slot_r * OUT + row4, [1, 1, 1, 1])
-        mask_r = (slot_r < RESIDUAL) & live4
-        columns_r, values_r = _read_slots(
-            residual_columns_ptr, residual_values_ptr, entry_r, mask_r, PAIRED
+        columns_r, values_r = _read_blocks(
+            residual_columns_ptr,
+            residual_values_ptr,
+            first,
+            RESIDUAL,
+            OUT,
+            RESIDUAL,
+            ROWS,
+            CHUNKS,
+            RESIDUAL_BLOCKS,
+            PAIRED,
         )
     if PRIVATE > 0:
-        if STEPS > 1:
-            tl.debug_barrier()
-        slot_p = tl.arange(0, PRIVATE_BLOCKS)[None, None, :, None] * LANES + lane4
-        entry_p = tl.max_contiguous(slot_p * OUT + row4, [1, 1, 1, 1])
         # At alpha = 0 no byte of the stream is read, so that no NaN in it can be heard.
         spoken = tl.where(alpha != 0.0, PRIVATE, 0)
-        mask_p = (slot_p < spoken) & live4
-        columns_p, values_p = _read_slots(
-            private_columns_ptr, private_values_ptr, entry_p, mask_p, PAIRED
+        columns_p, values_p = _read_blocks(
+            private_columns_ptr,
+            private_values_ptr,
+            first,
+            spoken,
+            OUT,
+            PRIVATE,
+            ROWS,
+            CHUNKS,
+            PRIVATE_BLOCKS,
+            PAIRED,
         )
 
     # Up to here only weights were read.
     wait(OVERLAP)
-    accumulator, ahead = _steps(
-        0,
-        BEFORE,
-        accumulator,
-        ahead,
-        words_ptr,
-        scales_ptr,
-        zeros_ptr,
-        x_ptr,
-        stride_x,
-        unit,
-        row,
-        token,
-        token_mask,
-        IN,
-        OUT,
-        BITS,
-        GROUP,
-        CHUNKS,
-        WORDS,
-        BYTES,
-        PREFETCH,
-    )
-    if RESIDUAL + PRIVATE > 0:
-        # What follows has to wait for the entries; the barrier keeps it behind all loads so far.
-        tl.debug_barrier()
-        entries = tl.zeros([ROWS, LANES, TOKENS], tl.float32)
-        if RESIDUAL > 0:
-            entries += _stream_sums(
-                x_ptr,
-                stride_x,
-                residual_columns_ptr,
-                residual_values_ptr,
-                columns_r,
-                values_r,
-                slot_r,
-                entry_r,
-                RESIDUAL,
-                live4,
-                token4,
-                token_mask4,
-                OUT,
-                RESIDUAL,
-                RESIDUAL_BLOCKS * LANES,
-                PAIRED,
-            )
-        if PRIVATE > 0:
-            entries += alpha * _stream_sums(
-                x_ptr,
-                stride_x,
-                private_columns_ptr,
-                private_values_ptr,
-                columns_p,
-                values_p,
-                slot_p,
-                entry_p,
-                spoken,
-                live4,
-                token4,
-                token_mask4,
-                OUT,
-                PRIVATE,
-                PRIVATE_BLOCKS * LANES,
-                PAIRED,
-            )
-        # A thread has the sum of one row's entries here and of every row's words above. It adds the
-        # one to its own of the others, and all that crosses threads is the sum below.
-        own = tl.reshape(tl.permute(entries, (1, 0, 2)), [CHUNKS, TOKENS, 1, 1, 1])
-        thread = tl.arange(0, CHUNKS)[:, None, None, None, None]
-        its_row = tl.arange(0, ROWS)[None, None, :, None, None]
-        accumulator += tl.where(thread % ROWS == its_row, own, 0.0)
-    accumulator, ahead = _steps(
-        BEFORE,
+    if PREFETCH:
+        accumulator += _step_sums(
+            x_ptr,
+            stride_x,
+            scales_ptr,
+            zeros_ptr,
+            ahead,
+            0,
+            unit,
+            row,
+            token,
+            token_mask,
+            IN,
+            OUT,
+            BITS,
+            GROUP,
+            CHUNKS,
+            WORDS,
+            BYTES,
+        )
+        ahead = second
+    accumulator = _steps(
+        1 if PREFETCH else 0,
         STEPS,
         accumulator,
         ahead,
@@ -385,6 +421,72 @@ def _decode_kernel(  # noqa: PLR0915 - a kernel is one body
         BYTES,
         PREFETCH,
     )
+    if RESIDUAL + PRIVATE > 0:
+        # A thread has the products of its own entries, whichever rows' they are, as it has
+        # those of its own words: all that crosses threads is the sum below.
+        sums = tl.reshape(accumulator, [CHUNKS, TOKENS, ROWS])
+        if ALIKE:
+            sums = _both_sums(
+                sums,
+                x_ptr,
+                stride_x,
+                columns_r,
+                values_r,
+                columns_p,
+                values_p,
+                alpha,
+                tokens,
+                RESIDUAL,
+                ROWS,
+                CHUNKS,
+                TOKENS,
+                RESIDUAL_BLOCKS,
+                PAIRED,
+            )
+        else:
+            if RESIDUAL > 0:
+                sums = _stream_sums(
+                    sums,
+                    x_ptr,
+                    stride_x,
+                    residual_columns_ptr,
+                    residual_values_ptr,
+                    columns_r,
+                    values_r,
+                    first,
+                    RESIDUAL,
+                    1.0,
+                    tokens,
+                    OUT,
+                    RESIDUAL,
+                    ROWS,
+                    CHUNKS,
+                    TOKENS,
+                    RESIDUAL_BLOCKS,
+                    PAIRED,
+                )
+            if PRIVATE > 0:
+                sums = _stream_sums(
+                    sums,
+                    x_ptr,
+                    stride_x,
+                    private_columns_ptr,
+                    private_values_ptr,
+                    columns_p,
+                    values_p,
+                    first,
+                    spoken,
+                    alpha,
+                    tokens,
+                    OUT,
+                    PRIVATE,
+                    ROWS,
+                    CHUNKS,
+                    TOKENS,
+                    PRIVATE_BLOCKS,
+                    PAIRED,
+                )
+        accumulator = tl.reshape(sums, [CHUNKS, TOKENS, ROWS, 1, 1])
     y = tl.sum(tl.reshape(accumulator, [CHUNKS, TOKENS, ROWS]), 0)  # [tokens, rows]
 
     out = (first + tl.arange(0, ROWS))[None, :]
@@ -409,9 +511,8 @@ def kernel_arguments(
     assert layout is not None, "the dispatcher offers no such lattice"
     words, size = layout
     tokens, out_features = y.shape
-    lanes = WARP * config.warps // config.rows
     slots = residual[0].shape[0], private[0].shape[0]
-    blocks = [min(MAX_BLOCKS, triton.next_power_of_2(max(1, -(-s // lanes)))) for s in slots]
+    blocks = [min(MAX_BLOCKS, -(-s * config.rows // (WARP * config.warps))) for s in slots]
     per_row = lattice.group_size == PER_ROW
     arguments: dict[str, object] = {
         "x_ptr": x,
@@ -444,7 +545,6 @@ def kernel_arguments(
         "WORDS": words,
         "BYTES": size,
         "PREFETCH": config.prefetch,
-        "EARLY": config.early,
         "PAIRED": _paired(residual, private),
         "num_warps": config.warps,
         **options(),
