@@ -40,14 +40,22 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("method", _methods(metafunc.config.stash[SETTINGS_KEY]))
 
 
+ASKED_FOR = {"audit": "test_audit", "gpu": "test_runtime"}
+"""Marks and files whose cases take long: they run when one of the two is named."""
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """An audit takes long: it runs when it is asked for by its mark or by its file."""
-    asked = ("audit" in config.option.markexpr, "test_audit" in " ".join(config.args))
-    if not any(asked):
-        dropped = [item for item in items if item.get_closest_marker("audit")]
-        if dropped:
-            config.hook.pytest_deselected(items=dropped)
-            items[:] = [item for item in items if not item.get_closest_marker("audit")]
+    """Drop an audit, and timings that need a card, unless they are asked for."""
+    named = " ".join(config.args)
+    unasked = {
+        file
+        for mark, file in ASKED_FOR.items()
+        if mark not in config.option.markexpr and file not in named
+    }
+    dropped = [item for item in items if item.path.stem in unasked]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if item.path.stem not in unasked]
 
 
 def _methods(settings: Settings) -> list[str]:

@@ -16,36 +16,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.gpu_run import Run, median_us, operand_sets, sets_for
-from bench.kernel_cases import Case, Operands, make_operands, random_layer, relative_error
+from bench.kernel_cases import (
+    DENSITY,
+    SHAPES,
+    Case,
+    Operands,
+    make_operands,
+    random_layer,
+    relative_error,
+)
 from libortho.kernels import autotune, int4pack, op
 from libortho.kernels.compose import compose
 from libortho.kernels.configs import DecodeConfig, reasoned
 from libortho.kernels.decode import decode
 from libortho.lattice import dequantize
 
-SHAPES = {
-    "8B": {
-        "q, o": (4096, 4096),
-        "k, v": (1024, 4096),
-        "gate, up": (14336, 4096),
-        "down": (4096, 14336),
-    },
-    "3B": {
-        "q, o": (3072, 3072),
-        "k, v": (1024, 3072),
-        "gate, up": (8192, 3072),
-        "down": (3072, 8192),
-    },
-    "fused": {
-        "8B q, k, v": (6144, 4096),
-        "8B gate and up": (28672, 4096),
-        "3B q, k, v": (5120, 3072),
-        "3B gate and up": (16384, 3072),
-    },
-}
-"""(out_features, in_features); fused ones are what `libortho.fusion` lays together."""
-DENSITY = 0.005
-"""Share of a row's entries in each of the two streams."""
 PROMPT_TOKENS = 512
 SEVERAL = (8, 4, 2)
 GB = 1e9

@@ -20,6 +20,29 @@ from libortho.linear import OrthoLinear
 
 Stream = tuple[Tensor, Tensor]
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+SHAPES = {
+    "8B": {
+        "q, o": (4096, 4096),
+        "k, v": (1024, 4096),
+        "gate, up": (14336, 4096),
+        "down": (4096, 14336),
+    },
+    "3B": {
+        "q, o": (3072, 3072),
+        "k, v": (1024, 3072),
+        "gate, up": (8192, 3072),
+        "down": (3072, 8192),
+    },
+    "fused": {
+        "8B q, k, v": (6144, 4096),
+        "8B gate and up": (28672, 4096),
+        "3B q, k, v": (5120, 3072),
+        "3B gate and up": (16384, 3072),
+    },
+}
+"""(out_features, in_features); fused ones are what `libortho.fusion` lays together."""
+DENSITY = 0.005
+"""Share of a row's entries in each of the two streams."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import argparse
 import ast
 import json
 import os
+import re
 import runpy
 import shlex
 import subprocess
@@ -78,6 +79,9 @@ ELSEWHERE = {
     ),
 }
 """What people run in repositories of their own, and the test that runs it in one, from a wheel."""
+
+ON_A_CARD = "pytest bench/test_runtime.py --benchmark-json=out.json"
+"""Needs a card; without one its cases have to say so, and nobody who didn't ask gets them."""
 
 STAND_INS = {"/models/Llama-3.2-3B": "plain", "notes.txt": "public.txt"}
 """What a command names, and what stands there here: a tiny model, and made-up text."""
@@ -150,7 +154,7 @@ DOCUMENTED = sorted({command for page in PAGES for command in commands(page, SUB
 @pytest.mark.parametrize("command", DOCUMENTED)
 def test_every_documented_command_is_run(command: str) -> None:
     key = ours(command)
-    covered = command in {*SUITE, *ELSEWHERE, *NOT_RUN, HARNESS} or key in {*CLI, ""}
+    covered = command in {*SUITE, *ELSEWHERE, *NOT_RUN, ON_A_CARD, HARNESS} or key in {*CLI, ""}
     rest = set(parts(command)) - run_by_ci() - set(TOOLS)
     assert covered or not rest, (
         f"no test and no line of .ci/run runs {command!r}: add it to a table"
@@ -160,7 +164,7 @@ def test_every_documented_command_is_run(command: str) -> None:
 def test_no_table_names_what_no_page_does() -> None:
     named = {ours(command) or command for command in DOCUMENTED}
     named |= {part for command in DOCUMENTED for part in parts(command)}
-    assert {*CLI, *SUITE, *ELSEWHERE, *TOOLS, *NOT_RUN, HARNESS} <= named
+    assert {*CLI, *SUITE, *ELSEWHERE, *TOOLS, *NOT_RUN, ON_A_CARD, HARNESS} <= named
 
 
 def test_our_commands_are_all_in_the_table() -> None:
@@ -248,6 +252,24 @@ def test_the_suite_takes_the_documented_options(
     listed = [line for line in result.outlines if line.startswith("bench/")]
     file = "bench/test_audit.py" if "audit" in words else "bench/test_kill_switch.py"
     assert any(line.startswith(f"{file}::") and "gate" in line for line in listed)
+
+
+def test_what_needs_a_card_says_so(tmp_path: Path) -> None:
+    def pytest_here(*words: str) -> tuple[int, str]:
+        quiet = ("-q", "-rs", "-p", "no:cacheprovider", "--device=cpu")
+        call = [sys.executable, "-m", "pytest", *words, *quiet]
+        done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout
+
+    asked = [w.replace("out.json", str(tmp_path / "out.json")) for w in shlex.split(ON_A_CARD)[1:]]
+    status, output = pytest_here(*asked)
+    assert status == pytest.ExitCode.OK
+    assert re.search(r"SKIPPED \[\d\d\].*needs a CUDA device", output)
+    assert re.search(r"^\d\d skipped in", output, re.MULTILINE)
+    status, output = pytest_here("bench", "--collect-only")
+    assert status == pytest.ExitCode.OK
+    assert "test_throughput" in output
+    assert "test_runtime" not in output
 
 
 @pytest.mark.parametrize("command", TOOLS)
