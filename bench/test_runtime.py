@@ -1,12 +1,13 @@
-"""Speed on a card at Llama's exact shapes, with random weights: kernels, and `generate`, and peers.
+"""Speed on a card at Llama's exact shapes with random weights: kernels, `generate`, peers, files.
 
 `pytest bench/test_runtime.py --benchmark-json=out.json`. pytest-benchmark records the times; what a
 launch or a token reads, and what share that is of the card's copy bandwidth, go into `extra_info`.
-`bench/gpu_kernels.py` and `gpu_decode.py` time the same by the same functions, over all configs.
+`gpu_kernels.py`, `gpu_decode.py` and `gpu_memory.py` measure more of it, by the same functions.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import libortho
 from bench.decode_models import GEOMETRIES, bytes_per_token, random_model, why_not
 from bench.kernel_cases import DENSITY, SHAPES, Case
 from libortho.decoding import accelerate_decoding
@@ -211,3 +213,49 @@ def test_generate(
             "projected_tokens_per_s_at_192_gb_per_s": PROJECTED_GB_PER_S / copy_gb_per_s / token,
         }
     benchmark.extra_info.update(info)
+
+
+@pytest.fixture(scope="module")
+def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Shards of a geometry on disk, under the memory cap of a 6 GB card."""
+    from bench import memory_stages  # noqa: PLC0415 - imports Triton on a card
+
+    geometry = request.param
+    folder = tmp_path_factory.mktemp(geometry)
+    job = memory_stages.Job(geometry, folder, "cuda", "gtx4050")
+    memory_stages.write(job)
+    yield job
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    shutil.rmtree(folder)
+    release_memory()
+
+
+# In this order: the second reads what the first wrote.
+
+
+@pytest.mark.benchmark(group="files")
+@pytest.mark.parametrize("job", FAMILIES, indirect=True, scope="module")
+def test_separation(job: Any, benchmark: Any) -> None:
+    """From safetensors shards to an artefact, once."""
+    from bench import memory_stages  # noqa: PLC0415
+
+    found = benchmark.pedantic(memory_stages.separate, args=(job,), rounds=1)
+    benchmark.extra_info.update(found, weights="random")
+
+
+@pytest.mark.benchmark(group="files")
+@pytest.mark.parametrize("job", FAMILIES, indirect=True, scope="module")
+def test_loading(job: Any, benchmark: Any) -> None:
+    """An artefact, verified, onto the card."""
+    if not job.separated.exists():
+        pytest.skip("there is no artefact: test_separation makes it and did not run, or failed")
+
+    def load() -> None:
+        libortho.load(job.separated, device=job.device)
+        torch.cuda.synchronize()
+
+    release_memory()
+    torch.cuda.reset_peak_memory_stats()
+    benchmark.pedantic(load, rounds=1)
+    peak = torch.cuda.max_memory_reserved() >> 20
+    benchmark.extra_info.update(peak_memory_mib=peak, weights="random")
