@@ -41,21 +41,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 ASKED_FOR = {"audit": "test_audit", "gpu": "test_runtime"}
-"""Marks and files whose cases take long: they run when one of the two is named."""
+"""Marks, and files of this folder, whose cases take long: they run when one of the two is named."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Drop an audit, and timings that need a card, unless they are asked for."""
     named = " ".join(config.args)
     unasked = {
-        file
+        Path(__file__).with_name(f"{file}.py")
         for mark, file in ASKED_FOR.items()
         if mark not in config.option.markexpr and file not in named
     }
-    dropped = [item for item in items if item.path.stem in unasked]
+    dropped = [item for item in items if item.path in unasked]
     if dropped:
         config.hook.pytest_deselected(items=dropped)
-        items[:] = [item for item in items if item.path.stem not in unasked]
+        items[:] = [item for item in items if item.path not in unasked]
 
 
 def _methods(settings: Settings) -> list[str]:

@@ -218,7 +218,7 @@ def test_generate(
 @pytest.fixture(scope="module")
 def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Shards of a geometry on disk, under the memory cap of a 6 GB card."""
-    from bench import memory_stages  # noqa: PLC0415 - imports Triton on a card
+    from bench import memory_stages  # noqa: PLC0415
 
     geometry = request.param
     folder = tmp_path_factory.mktemp(geometry)
